@@ -1,0 +1,425 @@
+"""What a run is told: the flags of both scripts, their YAML file, and every check that needs no data and no model.
+
+A recipe (`--config FILE.yaml`) holds the same names as the flags; a flag wins over the file. This module must not
+import torch, transformers or anything else of vit_hf, so that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class UserError(Exception):
+    """A mistake of the user or of the surroundings: printed as one line, without a traceback; exit status 1."""
+
+    exit_status = 1
+
+
+class ArgumentError(UserError):
+    """Flags that cannot be right, whatever the data: exit status 2."""
+
+    exit_status = 2
+
+
+def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
+    """Runs a script or a command and ends the process: a user's error becomes one line and its exit status."""
+    status = 0
+    try:
+        entry()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Says which known names come closest: "did you mean 'a' or 'b'?", or else lists the known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = close or [k for k in known if name and (name in k or k in name)][:5]
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known)}"
+
+
+def flag(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, same_run: bool = False
+) -> Any:
+    """A field with its help text, its range (inclusive), and whether it may change when a run is resumed."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "same_run": same_run})
+
+
+@dataclass
+class ModelArguments:
+    """The model: from scratch by --preset, or from weights by --model_name_or_path."""
+
+    preset: str | None = flag(None, "architecture by name, randomly initialised (see docs/quickstart.md for the list)")
+    model_name_or_path: str | None = flag(None, "Hub id or folder of a pretrained model")
+    revision: str | None = flag(None, "branch, tag or commit of the Hub model")
+    config_overrides: str | None = flag(None, 'fields of ViTConfig, e.g. "drop_path_rate=0.1,pooling=mean"')
+    trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository (off: only vit and vit_hf)")
+
+
+@dataclass
+class DatasetArguments:
+    """Which images: shared by training and evaluation."""
+
+    dataset_name: str | None = flag(
+        None, "digits, glyphs, cifar10, imagenet-1k, a Hub id, or a folder (imagefolder or parquet)"
+    )
+    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
+    image_column_name: str | None = flag(None, "image column (default: found by its type)")
+    label_column_name: str | None = flag(None, "label column (default: found by its type)")
+    eval_split: str | None = flag(None, "split to evaluate on (default: test, or validation where test has no labels)")
+    max_eval_samples: int | None = flag(None, "evaluate on a seeded draw of so many images, for trials", low=1)
+    dataloader_num_workers: int = flag(0, "worker processes that decode images, for each rank", low=0, same_run=True)
+    on_bad_image: Literal["raise", "skip"] = flag("raise", "an image that does not decode: stop, or leave it out")
+    per_device_eval_batch_size: int = flag(128, "evaluation batch of one process", low=1, same_run=True)
+
+
+@dataclass
+class DataArguments(DatasetArguments):
+    """What it learns from, and what is done to each image on the device."""
+
+    train_split: str | None = flag(None, "split to train on (default: train)")
+    max_train_samples: int | None = flag(None, "train on a seeded draw of so many images, for trials", low=1)
+    subset_fraction: float | None = flag(None, "keep this share of every class of the training split", low=0, high=1)
+    subset_per_class: int | None = flag(None, "keep exactly so many training images of each class", low=1)
+    subset_classes: str | None = flag(None, "keep these classes: names or indices by comma, or a file, one a line")
+    subset_seed: int = flag(0, "which images the subset filter keeps", low=0)
+    image_size: int | None = flag(None, "side of the square input in pixels (default: the model's)", low=1)
+    image_mean: str | None = flag(
+        None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"
+    )
+    image_std: str | None = flag(None, "standard deviation of each channel (default: 0.5, or the model's)")
+    random_crop: str = flag("none", "none, padding=4 (pixels) or scale=0.08 (smallest share of the area)")
+    random_flip: float = flag(0.0, "probability of a horizontal flip", low=0, high=1)
+    mixup_alpha: float = flag(0.0, "mixup strength, 0 is off", low=0)
+    cutmix_alpha: float = flag(0.0, "cutmix strength, 0 is off; with mixup on too, each micro-batch draws one", low=0)
+
+
+@dataclass
+class TrainArguments:
+    """How it is trained, and where the results go."""
+
+    output_dir: str | None = flag(None, "folder of the run; becomes a Hub model folder", same_run=True)
+    num_train_epochs: float | None = flag(None, "length of the run in passes over the training set", low=0)
+    max_steps: int | None = flag(None, "length of the run in optimizer steps", low=1)
+    global_batch_size: int = flag(128, "images an optimizer step, over all processes", low=1)
+    per_device_train_batch_size: int | None = flag(
+        None, "most images a process takes at once; gradient accumulation is derived from it", low=1, same_run=True
+    )
+    learning_rate: float = flag(1e-3, "peak learning rate", low=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag("cosine", "decay after the warm-up")
+    warmup_steps: int | None = flag(None, "steps of linear warm-up", low=0)
+    warmup_ratio: float | None = flag(None, "warm-up as a share of all steps", low=0, high=1)
+    optim: Literal["adamw_torch", "sgd"] = flag("adamw_torch", "optimizer")
+    adam_beta1: float = flag(0.9, "AdamW beta1", low=0, high=1)
+    adam_beta2: float = flag(0.999, "AdamW beta2", low=0, high=1)
+    momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = flag(
+        0.1, "decoupled weight decay (AdamW) or L2 (SGD); never on norms, biases, tokens", low=0
+    )
+    layer_decay: float = flag(1.0, "learning rate factor from one layer to the one below it", low=0, high=1)
+    max_grad_norm: float = flag(1.0, "clip the global gradient norm, 0 is off", low=0)
+    label_smoothing_factor: float = flag(0.0, "label smoothing", low=0, high=1)
+    ema_decay: float = flag(0.0, "decay of an exponential moving average of the weights, 0 is off", low=0, high=1)
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass to save memory", same_run=True
+    )
+    torch_compile: bool = flag(False, "compile the model with torch.compile", same_run=True)
+    seed: int = flag(0, "seed of initialisation, data order, augmentation and dropout", low=0)
+    logging_steps: int = flag(50, "steps between log lines", low=1, same_run=True)
+    eval_steps: int | None = flag(None, "steps between evaluations (default: once an epoch)", low=1, same_run=True)
+    save_steps: int | None = flag(None, "steps between checkpoints (default: once an epoch)", low=1, same_run=True)
+    save_total_limit: int | None = flag(None, "keep only the newest so many checkpoints", low=1, same_run=True)
+    resume_from_checkpoint: str = flag("auto", "auto, none, or the path of a checkpoint", same_run=True)
+    report_to: str = flag("none", "tensorboard, wandb, trackio (several by comma) or none", same_run=True)
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1, same_run=True)
+    dry_run: bool = flag(False, "print what would be run, and stop", same_run=True)
+
+
+@dataclass
+class HubArguments:
+    """Sharing the finished folder."""
+
+    push_to_hub: bool = flag(False, "upload the finished folder to the Hub", same_run=True)
+    hub_model_id: str | None = flag(
+        None, "repository to push to (default: the name of the output folder)", same_run=True
+    )
+    hub_private_repo: bool = flag(False, "create the repository as private", same_run=True)
+
+
+@dataclass
+class RunArguments(ModelArguments, DataArguments, TrainArguments, HubArguments):
+    """All flags of run_pretrain.py and run_finetune.py, flat."""
+
+
+@dataclass
+class EvaluateArguments(DatasetArguments):
+    """Flags of `vit-hf evaluate`; the model is positional."""
+
+    model: str = flag("", "Hub id or folder of a model")
+    revision: str | None = flag(None, "branch, tag or commit of the Hub model")
+    trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
+    output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1)
+
+
+# A flag of one of these groups on the command line puts the file's choice from the same group out of force.
+ALTERNATIVES = [
+    ("preset", "model_name_or_path"),
+    ("num_train_epochs", "max_steps"),
+    ("warmup_steps", "warmup_ratio"),
+    ("subset_fraction", "subset_per_class"),
+]
+
+
+def _convert(name: str, value: Any, item: dataclasses.Field) -> Any:
+    """Turns a flag's text or a YAML value into the field's type, and holds it against the field's range."""
+    kinds = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
+    optional = type(None) in kinds
+    kind = next(k for k in kinds if k is not type(None))
+    if value is None or (optional and value == "none" and kind is not str):
+        if optional:
+            return None
+        raise ArgumentError(f"--{name}: a value is missing")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ArgumentError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
+        return value
+    try:
+        if kind is bool:
+            value = {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        elif kind is int:
+            number = float(value)
+            if isinstance(value, bool) or number != int(number):
+                raise ValueError
+            value = int(number) if abs(number) < 2**53 else int(value)
+        elif kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            value = float(value)
+        elif isinstance(value, (list, tuple)):  # a YAML list where the flag takes values by comma
+            value = ",".join(map(str, value))
+        elif isinstance(value, dict):
+            value = ",".join(f"{k}={v}" for k, v in value.items())
+        else:
+            value = str(value)
+    except (ValueError, KeyError, OverflowError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ArgumentError(f"--{name}: {value!r} is not {expected}") from None
+    low, high = item.metadata["low"], item.metadata["high"]
+    if kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
+        allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+        raise ArgumentError(f"--{name}: {value} is out of range, allowed is {allowed}")
+    return value
+
+
+def read_config(path: str | Path, cls: type) -> dict[str, Any]:
+    """Reads a recipe or a run_config.yaml into {field: value}; the block `resolved:` of the latter is ignored.
+
+    Raises:
+        ArgumentError: no such file, not YAML, or a key that is no flag.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ArgumentError(f"--config: {path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--config: {path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ArgumentError(f"--config: {path} must hold 'flag: value' lines, found {type(content).__name__}")
+    content.pop("resolved", None)
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for name in content:
+        if name not in fields:
+            raise ArgumentError(f"{path}: unknown key {name!r}, {nearest(str(name), fields)}")
+    return {name: _convert(name, value, fields[name]) for name, value in content.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse's own faults (a flag without its value) in the form of ours
+        raise ArgumentError(message)
+
+
+def _parser(cls: type, prog: str, description: str, positional: str | None) -> _Parser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if positional is None:
+        parser.add_argument("--config", help="YAML file with the same names as the flags; a flag wins over the file")
+    groups = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for name in base.__dict__.get("__annotations__", {}):
+            groups.setdefault(name, base)
+    titles: dict[type, Any] = {}
+    for item in dataclasses.fields(cls):
+        if item.name == positional:
+            parser.add_argument(item.name, help=item.metadata["help"])
+            continue
+        base = groups[item.name]
+        group = titles.setdefault(
+            base, parser.add_argument_group(base.__doc__.strip()) if base not in titles else None
+        )
+        kinds = [k for k in typing.get_args(item.type) or [item.type] if k is not type(None)]
+        extra = {"nargs": "?", "const": "true"} if kinds == [bool] else {}
+        metavar = "{" + ",".join(kinds) + "}" if isinstance(kinds[0], str) else kinds[0].__name__.upper()
+        text = item.metadata["help"].replace("%", "%%")
+        text += "" if item.default is None or item.default is False else f" (default: {item.default})"
+        group.add_argument(f"--{item.name}", metavar=metavar, help=text, **extra)
+    return parser
+
+
+def parse(
+    cls: type,
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    positional: str | None = None,
+    default_config: str | Path | None = None,
+) -> Any:
+    """Parses flags over a YAML file over the defaults of the dataclass `cls`.
+
+    Args:
+        default_config: the recipe of a call with no words at all; the call says that it is used.
+        positional: a field that is given without a flag.
+
+    Raises:
+        ArgumentError: an unknown or malformed flag or key, or a value outside its range.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(cls, prog, description, positional)
+    if not argv and default_config is not None:
+        print(f"{prog}: no flags given, running the demo recipe: --config {default_config}", file=sys.stderr)
+        argv = ["--config", str(default_config)]
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("--"):
+            raise ArgumentError(f"unexpected word {name!r} on the command line")
+        hint = nearest(name[2:].replace("-", "_"), [*fields, "config"])
+        raise ArgumentError(f"unknown flag {name}, {hint}")
+    config = given.pop("config", None)
+    values = read_config(config, cls) if config is not None else {}
+    flags = {name: _convert(name, value, fields[name]) for name, value in given.items()}
+    for group in ALTERNATIVES:
+        if any(flags.get(name) is not None for name in group):
+            for name in group:
+                values.pop(name, None)
+    return cls(**{**values, **flags})
+
+
+def check(args: RunArguments) -> None:
+    """Holds the flags of a training run against each other.
+
+    Raises:
+        ArgumentError: flags that exclude or need each other.
+    """
+    if (args.preset is None) == (args.model_name_or_path is None):
+        found = "both are given" if args.preset else "neither is given"
+        raise ArgumentError(f"give one of --preset (from scratch) and --model_name_or_path (from weights): {found}")
+    if (args.num_train_epochs is None) == (args.max_steps is None):
+        found = "both are given" if args.max_steps else "neither is given"
+        raise ArgumentError(f"give one of --num_train_epochs and --max_steps: {found}")
+    if args.num_train_epochs is not None and args.num_train_epochs <= 0:
+        raise ArgumentError(f"--num_train_epochs: {args.num_train_epochs} is out of range, allowed is more than 0")
+    for first, second in ALTERNATIVES[2:]:
+        if getattr(args, first) is not None and getattr(args, second) is not None:
+            raise ArgumentError(f"give only one of --{first} and --{second}")
+    for needed in ("dataset_name", "output_dir"):
+        if not getattr(args, needed):
+            raise ArgumentError(f"--{needed} is missing")
+    if args.ema_decay == 1:
+        raise ArgumentError("--ema_decay: 1.0 would never move the average, allowed is 0 (off) to below 1")
+    parse_random_crop(args.random_crop)
+    for name in ("image_mean", "image_std"):
+        parse_channels(name, getattr(args, name))
+    trackers(args.report_to)
+
+
+def parse_random_crop(text: str) -> tuple[str, float]:
+    """`none`, `padding=4` or `scale=0.08` -> (kind, number).
+
+    Raises:
+        ArgumentError: any other text, a padding below 1, a scale outside (0, 1].
+    """
+    kind, _, number = text.partition("=")
+    try:
+        if kind == "none" and not number:
+            return "none", 0.0
+        if kind == "padding" and int(number) >= 1:
+            return kind, float(number)
+        if kind == "scale" and 0 < float(number) <= 1:
+            return kind, float(number)
+    except ValueError:
+        pass
+    raise ArgumentError(
+        f"--random_crop: {text!r} is not none, padding=PIXELS (1 or more) or scale=SHARE (above 0, to 1)"
+    )
+
+
+def parse_channels(name: str, text: str | None) -> list[float] | None:
+    """`0.485,0.456,0.406` or one number for all three channels -> three floats.
+
+    Raises:
+        ArgumentError: not one or three numbers, or a standard deviation that is not positive.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3) or (name == "image_std" and min(numbers) <= 0):
+        raise ArgumentError(
+            f"--{name}: {text!r} is not one number or three by comma" + " above 0" * (name == "image_std")
+        )
+    return numbers * (3 // len(numbers))
+
+
+def trackers(report_to: str) -> list[str]:
+    """`tensorboard,wandb` -> the trackers' names; `none` -> [].
+
+    Raises:
+        ArgumentError: a tracker that is not known.
+    """
+    known = ("tensorboard", "wandb", "trackio")
+    names = [] if report_to in ("none", "") else report_to.split(",")
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"--report_to: {name!r} is not one of {', '.join(known)}, none")
+    return names
+
+
+def identity(args: RunArguments) -> dict[str, Any]:
+    """The values that make a run this run: model, data, optimisation and seed. Where it writes, how often it logs,
+    and how much one device takes at once may change from one start to the next."""
+    return {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if not item.metadata["same_run"]}
+
+
+def identity_hash(args: RunArguments) -> str:
+    """16 hex digits over `identity`, the same on every machine."""
+    return hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_run_config(args: RunArguments, resolved: dict[str, Any], path: Path) -> None:
+    """Writes run_config.yaml: the flags, and what was derived from them (ignored when the file is read again)."""
+    content = {**dataclasses.asdict(args), "resolved": resolved}
+    temporary = path.with_suffix(".yaml.tmp")
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    temporary.replace(path)

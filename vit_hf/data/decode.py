@@ -1,0 +1,124 @@
+"""From encoded bytes to uint8 pixels of one size, as the exported image processor does it.
+
+This module must not know about batches, epochs or devices.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# what Pillow raises for bytes that are no image, are cut off, or are absurdly large
+DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an evaluation image becomes the model's input: resized with Pillow (bilinear unless the processor says
+    otherwise), cropped where `shortest_edge` is set, scaled to [0, 1] and normalised.
+
+    Args:
+        image_size: (height, width) in pixels of the result.
+        shortest_edge: resize so that the shorter side has this many pixels, then cut the centre; None resizes both
+            sides to image_size, whatever the shape.
+        image_mean, image_std: for each channel, in [0, 1].
+    """
+
+    image_size: tuple[int, int]
+    shortest_edge: int | None = None
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: int = Image.Resampling.BILINEAR
+
+    def image_processor(self):
+        """The transformers image processor that does the same."""
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        height, width = self.image_size
+        square = {"height": height, "width": width}
+        return ViTImageProcessorPil(
+            size={"shortest_edge": self.shortest_edge} if self.shortest_edge else square,
+            do_center_crop=self.shortest_edge is not None,
+            crop_size=square,
+            resample=self.resample,
+            image_mean=list(self.image_mean),
+            image_std=list(self.image_std),
+            do_convert_rgb=True,
+        )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], image_size: tuple[int, int]) -> "Preprocessing":
+        """Reads a preprocessor_config.json; `image_size` stands in where it names no size. Raises ValueError for steps
+        that are not a resize, a centre crop and a normalisation."""
+        size = config.get("size") or {}
+        size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        crop = config.get("crop_size") or size
+        crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop)
+        if config.get("do_resize") is False or config.get("do_rescale") is False:
+            raise ValueError("an image processor that does not resize or does not rescale is not supported")
+        normalises = config.get("do_normalize", True)
+        shortest_edge = size.get("shortest_edge")
+        result = crop if shortest_edge and config.get("do_center_crop") else size
+        if shortest_edge and not config.get("do_center_crop"):
+            result, shortest_edge = {"height": shortest_edge, "width": shortest_edge}, None
+        return cls(
+            image_size=(result.get("height", image_size[0]), result.get("width", image_size[1])),
+            shortest_edge=shortest_edge,
+            image_mean=tuple(config.get("image_mean") or (0.5,) * 3) if normalises else (0.0,) * 3,
+            image_std=tuple(config.get("image_std") or (0.5,) * 3) if normalises else (1.0,) * 3,
+            resample=config.get("resample", Image.Resampling.BILINEAR),
+        )
+
+
+def open_image(value: dict[str, Any]) -> Image.Image:
+    """Opens a row of a `datasets.Image(decode=False)` column, {"bytes", "path"}, as RGB.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
+    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
+    if source is None:
+        raise ValueError("neither bytes nor a path")
+    with Image.open(source) as image:
+        return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resizes (and centre-crops) as the image processor does: uint8 (H, W, 3)."""
+    height, width = preprocessing.image_size
+    if preprocessing.shortest_edge is None:
+        return np.asarray(image.resize((width, height), preprocessing.resample))
+    short, long = sorted(image.size)
+    resized_long = int(preprocessing.shortest_edge * long / short)
+    sides = (preprocessing.shortest_edge, resized_long)
+    image = image.resize(sides if image.width <= image.height else sides[::-1], preprocessing.resample)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def crop_to_pixels(
+    image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
+) -> np.ndarray:
+    """Cuts a box (top, left, height, width), in pixels of the original, and resizes it in one call: uint8 (H, W, 3)."""
+    top, left, box_height, box_width = box
+    height, width = preprocessing.image_size
+    corners = (left, top, left + box_width, top + box_height)
+    return np.asarray(image.resize((width, height), preprocessing.resample, box=corners))
+
+
+def processor_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """The preprocessor_config.json of a Hub id or folder; {} where there is none."""
+    from transformers import ImageProcessingMixin
+
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name_or_path, revision=revision)[0]
+    except OSError:
+        return {}
+
+
+def processor_normalisation(name_or_path: str, revision: str | None = None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, as the model was trained with them; 0.5 where it does not say."""
+    config = processor_config(name_or_path, revision)
+    return list(config.get("image_mean") or [0.5] * 3), list(config.get("image_std") or [0.5] * 3)

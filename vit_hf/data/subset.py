@@ -1,0 +1,316 @@
+"""The subset filter: which rows of a training split are used, decided by class and by image content.
+
+Job: rules, class lists, exact row selection, the hash that identifies a selection, and the plain draws: a trial's
+samples, and the rows held out where a set has no evaluation split.
+Must not know: where a set comes from, its splits and column names (sources.py), models, training.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from fractions import Fraction
+
+import datasets
+import numpy as np
+
+from vit_hf.arguments import UserError
+
+DIGEST_BYTES = 32  # sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class SubsetRule:
+    """Which rows of the training split to keep; the default keeps all.
+
+    Args:
+        fraction: share of each class to keep, above 0 and at most 1.
+        per_class: exact number of rows of each class to keep; not together with `fraction`.
+        classes: names or indices of the classes to keep, in any order.
+        seed: which rows `fraction` and `per_class` keep.
+
+    Raises:
+        UserError: a value is out of range, or `fraction` and `per_class` are both given.
+    """
+
+    fraction: float | None = None
+    per_class: int | None = None
+    classes: list[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.fraction is not None and self.per_class is not None:
+            raise UserError(
+                f"--subset_fraction {self.fraction} and --subset_per_class {self.per_class} exclude each other: "
+                "give one of them"
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise UserError(f"--subset_fraction {self.fraction}: must be above 0 and at most 1")
+        if self.per_class is not None and self.per_class < 1:
+            raise UserError(f"--subset_per_class {self.per_class}: must be at least 1")
+        if self.classes is not None and not self.classes:
+            raise UserError("--subset_classes names no class: give names or indices, by comma or one a line in a file")
+
+    @property
+    def is_empty(self) -> bool:
+        """True where the rule keeps every row."""
+        return self.fraction is None and self.per_class is None and self.classes is None
+
+    def describe(self) -> dict:
+        """Return the parts that are set, as plain values for YAML and the model card; {} keeps every row."""
+        parts = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {} if self.is_empty else parts
+
+
+def parse_subset_classes(text: str) -> list[str]:
+    """Read the value of --subset_classes: names or indices by comma, or the path of a file with one a line.
+
+    A name that itself holds a comma (as ImageNet's do) can only be given in a file, or by its index.
+
+    Raises:
+        UserError: the text or the file names no class.
+    """
+    path = os.path.expanduser(text.strip())
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            items = file.read().splitlines()
+    else:
+        items = text.split(",")
+    items = [item.strip() for item in items if item.strip()]
+    if not items:
+        raise UserError(
+            f"--subset_classes {text!r} names no class: give names or indices, by comma or one a line in a file"
+        )
+    return items
+
+
+def resolve_classes(wanted: list[str] | None, class_names: list[str]) -> np.ndarray:
+    """Return the indices of the wanted classes, int64 (K,), ascending: the source's class order, not the user's.
+
+    An item is a class name if there is such a name, and an index into `class_names` otherwise. None is all.
+
+    Raises:
+        UserError: an item is neither (the nearest names are offered).
+    """
+    if wanted is None:
+        return np.arange(len(class_names))
+    index_of = {name: index for index, name in enumerate(class_names)}
+    kept = set()
+    for item in wanted:
+        if item in index_of:
+            kept.add(index_of[item])
+        elif item.isdecimal() and int(item) < len(class_names):
+            kept.add(int(item))
+        else:
+            near = difflib.get_close_matches(item, class_names, n=3, cutoff=0.5)
+            shown = f"nearest: {', '.join(near)}" if near else _shortened(class_names)
+            raise UserError(
+                f"--subset_classes: {item!r} is not a class ({shown}; or an index 0..{len(class_names) - 1}, or a "
+                "file with one a line)"
+            )
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def _shortened(names: list[str]) -> str:
+    return "classes: " + ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+
+
+def class_quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
+    """Share out `fraction` of all rows over the classes: int64 (K,), each within one of fraction x its count.
+
+    The total is fraction x N rounded to the nearest integer, halves up. Each class first gets its exact share rounded
+    down; the rows still missing go one each to the classes with the largest remainders, lower class index first.
+
+    Source: the method of largest remainders (Hamilton apportionment).
+    """
+    # A fraction of its decimal digits, because 0.29 * 100 in binary is below 29.
+    share = Fraction(str(fraction))
+    exact = [share * int(count) for count in counts]
+    quotas = [math.floor(value) for value in exact]
+    missing = math.floor(sum(exact) + Fraction(1, 2)) - sum(quotas)
+    order = sorted(range(len(exact)), key=lambda index: (quotas[index] - exact[index], index))
+    for index in order[:missing]:
+        quotas[index] += 1
+    return np.array(quotas, dtype=np.int64)
+
+
+def select_indices(
+    labels: np.ndarray,
+    rule: SubsetRule,
+    class_names: list[str],
+    content_digests: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Return the rows that a rule keeps, ascending int64 (n,): the same rows in whatever order the source has them.
+
+    Inside a class, rows are ranked by a hash of their content and the seed, never by position; rows with identical
+    content are interchangeable and ranked by occurrence.
+
+    Args:
+        labels: int (N,), each in 0..K-1.
+        rule: what to keep.
+        class_names: the K names, in the source's order.
+        content_digests: called with rows (M,), returns uint8 (M, 32), a digest of each row's image; only called when
+            the rule needs a ranking, because it reads every one of these images.
+
+    Raises:
+        UserError: an unknown class, or a class with fewer rows than `per_class`.
+    """
+    labels = np.asarray(labels)
+    kept_classes = resolve_classes(rule.classes, class_names)
+    rows = np.flatnonzero(np.isin(labels, kept_classes))
+    if rule.fraction in (None, 1) and rule.per_class is None:
+        return rows
+    counts = np.bincount(labels[rows], minlength=len(class_names))
+    if rule.per_class is None:
+        quotas = class_quotas(counts, rule.fraction)
+    else:
+        quotas = np.zeros_like(counts)
+        quotas[kept_classes] = rule.per_class
+        for index in kept_classes[counts[kept_classes] < rule.per_class]:
+            raise UserError(
+                f"--subset_per_class {rule.per_class}: class {class_names[index]!r} has {counts[index]} training "
+                f"images, so at most {counts[kept_classes].min()} of each class can be kept"
+            )
+    ranks = _ranks_within_class(labels[rows], *_content_keys(content_digests(rows), rule.seed))
+    return rows[ranks < quotas[labels[rows]]]
+
+
+def _content_keys(digests: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hash each content digest together with the seed: two uint64 (N,), the order of the rows under this seed."""
+    prefix = b"vit_hf subset %d " % seed
+    content = digests.tobytes()
+    keyed = b"".join(
+        hashlib.sha256(prefix + content[start : start + DIGEST_BYTES]).digest()[:16]
+        for start in range(0, len(content), DIGEST_BYTES)
+    )
+    first, second = np.frombuffer(keyed, dtype=">u8").reshape(-1, 2).T
+    return first, second
+
+
+def _ranks_within_class(labels: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """Rank each row in its class by the keys, then by position: int64 (N,), 0 for a class's first row."""
+    order = np.lexsort((*reversed(keys), labels))
+    sorted_labels = labels[order]
+    first_of_class = np.searchsorted(sorted_labels, sorted_labels, side="left")
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[order] = np.arange(len(labels)) - first_of_class
+    return ranks
+
+
+def image_digests(dataset: datasets.Dataset, rows: np.ndarray, cache_dir: str | None = None) -> np.ndarray:
+    """Return the sha256 of each row's encoded image bytes, uint8 (M, 32), in the order of `rows`.
+
+    A row that holds only a path is represented by the bytes of that file, not by its name, so that a set gives the
+    same digests wherever its folder lies and whether or not it was packed into parquet. Every byte is read once, in
+    small batches; the digests (32 bytes a row) are then kept in the datasets cache, keyed by the source's identity.
+
+    Args:
+        dataset: has a column `image` of type Image(decode=False).
+        rows: int (M,).
+        cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
+
+    Raises:
+        UserError: an image has neither bytes nor a readable file.
+    """
+    images = dataset.select_columns(["image"])
+    if len(rows) != len(images):
+        images = images.select(rows)
+    # Fingerprints of some sources outlive a change of their files, so the files' own state is part of the key.
+    files = [file["filename"] for file in dataset.cache_files]
+    state = [images._fingerprint, *(f"{name} {os.path.getsize(name)} {os.stat(name).st_mtime_ns}" for name in files)]
+    key = hashlib.sha256("\n".join(state).encode()).hexdigest()[:32]
+    folder = os.path.join(str(cache_dir or datasets.config.HF_DATASETS_CACHE), "vit_hf_image_digests")
+    os.makedirs(folder, exist_ok=True)
+    digests = images.with_format("arrow").map(
+        _digest_batch,
+        batched=True,
+        batch_size=64,
+        remove_columns=["image"],
+        features=datasets.Features({"digest": datasets.Value("binary")}),
+        cache_file_name=os.path.join(folder, f"{key}.arrow"),
+        load_from_cache_file=True,
+        desc="Hashing images for the subset",
+    )
+    content = b"".join(digests.with_format("arrow")[:]["digest"].to_pylist())
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _digest_batch(table) -> dict:
+    digests = []
+    for image in table["image"].to_pylist():
+        content = (image or {}).get("bytes")
+        if content is None:
+            content = _file_bytes((image or {}).get("path"))
+        digests.append(hashlib.sha256(content).digest())
+    return {"digest": digests}
+
+
+def _file_bytes(path: str | None) -> bytes:
+    try:
+        with open(path or "", "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(
+            f"the subset filter cannot read the image file {path!r} ({error.strerror}): restore the file, or load the "
+            "set again with --dataset_name"
+        ) from None
+
+
+def subset_hash(rows: np.ndarray) -> str:
+    """Return the sha256 (hex) of the chosen row indices, ascending, as little-endian int64."""
+    return hashlib.sha256(np.sort(rows).astype("<i8").tobytes()).hexdigest()
+
+
+def apply_rule(
+    images: datasets.Dataset,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    rule: SubsetRule,
+    class_names: list[str],
+    cache_dir: str | None = None,
+) -> tuple[np.ndarray, dict]:
+    """Narrow `rows` to the rule: returns ascending rows and the record {rule, subset_hash, train_samples}.
+
+    Args:
+        images: the source split, with a column `image` of type Image(decode=False); N rows.
+        labels: int (N,), each in 0..K-1.
+        rows: ascending int (n,), the source rows to choose from.
+        rule, class_names, cache_dir: as for `select_indices` and `image_digests`.
+
+    Raises:
+        UserError: as `select_indices`; no row is left.
+    """
+    if rule.is_empty:
+        return rows, {}
+    chosen = select_indices(
+        labels[rows], rule, class_names, lambda positions: image_digests(images, rows[positions], cache_dir)
+    )
+    if len(chosen) == 0:
+        raise UserError(f"the subset {rule.describe()} keeps zero training samples: raise --subset_fraction")
+    chosen = rows[chosen]
+    return chosen, {"rule": rule.describe(), "subset_hash": subset_hash(chosen), "train_samples": len(chosen)}
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split rows into kept and held out, both ascending int64: a seeded `fraction` of every class is held out.
+
+    Every class keeps at least one row, so a class of one row is never held out.
+    """
+    counts = np.bincount(labels)
+    quotas = np.minimum(class_quotas(counts, fraction), np.maximum(counts - 1, 0))
+    places = np.random.RandomState(seed % 2**32).permutation(len(labels))
+    is_held_out = _ranks_within_class(labels, places) < quotas[labels]
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def draw_samples(num_rows: int, max_samples: int | None, seed: int) -> np.ndarray:
+    """Draw rows for a trial: ascending int64 (min(num_rows, max_samples),), the same for the same seed.
+
+    Classes play no part: a small draw may miss some. None, or more than there are, keeps all.
+    """
+    if max_samples is None or max_samples >= num_rows:
+        return np.arange(num_rows)
+    # RandomState's stream is frozen by numpy, so the draw is the same under every numpy version.
+    return np.sort(np.random.RandomState(seed % 2**32).permutation(num_rows)[:max_samples])

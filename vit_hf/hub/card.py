@@ -1,0 +1,90 @@
+"""The model card: what the folder is, how it was made and measured, with the Hub's metadata."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from vit_hf.arguments import RunArguments
+
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}
+
+
+def write_card(
+    output_dir: Path, args: RunArguments, resolved: dict[str, Any], results: dict[str, Any], config: Any
+) -> None:
+    """Writes README.md.
+
+    Args:
+        resolved: the derived values of run_config.yaml. results: all_results.json. config: the model's configuration.
+    """
+    name = args.hub_model_id or output_dir.resolve().name
+    told = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
+    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    private = ("output_dir", "hub_model_id", "push_to_hub", "hub_private_repo")
+    run = {key: value for key, value in told.items() if value != defaults[key] and key not in private}
+    dataset = args.dataset_name
+    base = args.model_name_or_path
+    is_hub_id = base is not None and not Path(base).exists()
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vit_hf", "vision-transformer"],
+        datasets=[HUB_IDS.get(dataset, dataset)]
+        if dataset in HUB_IDS or "/" in dataset and not Path(dataset).exists()
+        else None,
+        base_model=base if is_hub_id else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=HUB_IDS.get(dataset, Path(dataset).name),
+                dataset_name=Path(dataset).name,
+                dataset_split=resolved["eval_split"],
+                metric_type="accuracy",
+                metric_value=results["eval_accuracy"],
+            )
+        ],
+    )
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
+    origin = f"fine-tuned from `{_base_name(base)}`" if base else f"trained from scratch (`{args.preset}`)"
+    lines += [f"A Vision Transformer {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
+              f"{_size(config.image_size)} pixels, {config.num_labels} classes.", ""]  # fmt: skip
+    lines += [
+        f"| split | images | accuracy | top-5 accuracy | loss |\n|---|---|---|---|---|\n| {resolved['eval_split']} | "
+        f"{results['eval_samples']} | {results['eval_accuracy']:.4f} | {results['eval_accuracy_top5']:.4f} | "
+        f"{results['eval_loss']:.4f} |",
+        "",
+        "The weights are those of the last step; nothing was selected on this split.",
+        "",
+    ]
+    lines += ["![learning curves](learning_curves.png)", ""]
+    remote = ", trust_remote_code=True" if config.model_type == "vit_hf" and not config.is_stock else ""
+    lines += ["## Use", "", "```python", "from transformers import pipeline", "",
+              f'classify = pipeline("image-classification", "{name}"{remote})', 'classify("image.png")', "```", ""]  # fmt: skip
+    lines += ["## Training", "", f"{results['train_samples']} images, {resolved['total_steps']} steps of "
+              f"{args.global_batch_size}; wall time {results['wall_time_seconds']:.0f} s; {resolved['device']}.", ""]  # fmt: skip
+    if resolved.get("subset"):
+        lines += [
+            "Only a subset of the training split was used:",
+            "",
+            "```json",
+            json.dumps(resolved["subset"]),
+            "```",
+            "",
+        ]
+    lines += ["Flags (all of them, with derived values, are in `run_config.yaml`):", "", "```yaml"]
+    lines += [f"{key}: {_base_name(value) if key == 'model_name_or_path' else value}" for key, value in run.items()]
+    lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in resolved["versions"].items()) + ".", ""]
+    (output_dir / "README.md").write_text("\n".join(lines))
+
+
+def _base_name(base: str) -> str:
+    """A Hub id as it is; of a local folder only the last name, since paths are nobody else's business."""
+    return Path(base).name if Path(base).exists() else base
+
+
+def _size(image_size: int | list[int]) -> str:
+    return f"{image_size}x{image_size}" if isinstance(image_size, int) else "x".join(map(str, image_size))

@@ -1,0 +1,65 @@
+"""Uploads a finished folder to the Hub. Checkpoints, event logs and tokens never go along."""
+
+import shlex
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from vit_hf.arguments import UserError
+
+# A list of what may go, so that nothing else in the folder ever does.
+UPLOADED = [
+    "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
+    "README.md", "run_config.yaml", "metrics.jsonl", "all_results.json", "learning_curves.png", "*.py",
+]  # fmt: skip
+
+
+def repository(hub_model_id: str | None, output_dir: Path) -> str:
+    """The repository's name: as given, or that of the output folder (the Hub adds the user)."""
+    return hub_model_id or output_dir.resolve().name
+
+
+def check_token() -> str | None:
+    """Asks the Hub who we are. Returns None when it knows us, or else a warning to show: training goes on."""
+    try:
+        HfApi().whoami()
+        return None
+    except LocalTokenNotFoundError:
+        reason = "no token found"
+    except Exception as error:  # whatever keeps us from the Hub now may be gone when the run ends
+        reason = _one_line(error)
+    return f"--push_to_hub: {reason}; training goes on, log in with `hf auth login` before it ends"
+
+
+def push(output_dir: Path, hub_model_id: str | None, private: bool) -> str:
+    """Creates the repository where it does not exist and uploads the folder in one commit. Returns its URL.
+
+    Raises:
+        UserError: the Hub refused or could not be reached; names the command that uploads the folder later.
+    """
+    name = repository(hub_model_id, output_dir)
+    try:
+        api = HfApi()
+        name = api.create_repo(name, private=private or None, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=output_dir,
+            allow_patterns=UPLOADED,
+            ignore_patterns=["*/*"],  # nothing of a folder inside: checkpoints, tracker logs
+            commit_message="Upload the model trained with vit_hf",
+        )
+        return str(commit.repo_url)
+    except Exception as error:  # every fault of network and Hub ends alike: the folder stays, the user can repeat it
+        include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in UPLOADED)
+        raise UserError(
+            f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; upload it later with: "
+            f"hf auth login && hf upload {name} {shlex.quote(str(output_dir))} . {include}"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return f"the Hub answered {error.response.status_code} {error.response.reason_phrase}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,16 @@
+"""The model family. Importing it registers the `vit_hf` model type with the Auto classes of transformers.
+
+This folder imports torch, transformers and its own files only: the Hub copies it as the code of a repository.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_vit import ViTConfig
+from .modeling_vit import ViTForImageClassification, ViTModel
+
+AutoConfig.register(ViTConfig.model_type, ViTConfig)
+# exist_ok: transformers compares configurations by class name, and its own is called ViTConfig too; this adds ours
+AutoModel.register(ViTConfig, ViTModel, exist_ok=True)
+AutoModelForImageClassification.register(ViTConfig, ViTForImageClassification, exist_ok=True)
+
+__all__ = ["ViTConfig", "ViTForImageClassification", "ViTModel"]

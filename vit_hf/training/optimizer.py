@@ -1,0 +1,49 @@
+"""Which parameters are decayed and at what rate they learn, and the optimizer over them."""
+
+import re
+
+import torch
+from torch import nn
+
+NEVER_DECAYED = ("cls_token", "position_embeddings")
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Groups the trainable parameters by (decayed or not, learning rate factor `lr_scale`).
+
+    Norms, biases (everything with one dimension), the class token and position embeddings are not decayed. With
+    `layer_decay` below 1, embeddings learn at layer_decay**(L+1), layer i at layer_decay**(L-i), the final norm and
+    the head at 1.
+
+    Source: no decay as in google-research/big_vision and timm; layer-wise decay from BEiT (arXiv 2106.08254).
+    """
+    depth = len({match[1] for name, _ in model.named_parameters() if (match := re.search(r"\.layers\.(\d+)\.", name))})
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and not name.endswith(NEVER_DECAYED)
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        above = depth - int(layer[1]) if layer else (depth + 1 if ".embeddings." in name else 0)
+        key = (decayed, layer_decay**above)
+        group = groups.setdefault(
+            key, {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": key[1]}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(
+    groups: list[dict], *, optim: str, learning_rate: float, betas: tuple[float, float], momentum: float
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), or SGD with momentum (the paper's fine-tuning, appendix B.1.1)."""
+    if optim == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # one kernel over all parameters
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets the rate of every group, by its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]

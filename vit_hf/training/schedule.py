@@ -1,0 +1,116 @@
+"""The arithmetic of a run: how a global batch is cut, how many steps there are, the learning rate at a step.
+
+Pure functions of their arguments, so that a resumed run, or one on more processes, finds the same values. This module
+must not know about torch.
+"""
+
+import math
+from dataclasses import dataclass
+
+from vit_hf.arguments import ArgumentError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch_size = num_processes x micro_batch_size x accumulation, in images."""
+
+    global_batch_size: int
+    num_processes: int
+    micro_batch_size: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch_size} = {self.num_processes} processes x "
+            f"{self.micro_batch_size} images x {self.accumulation} accumulation steps"
+        )
+
+
+def plan_batches(global_batch_size: int, num_processes: int, per_device_train_batch_size: int | None) -> BatchPlan:
+    """Derives the accumulation from what one device takes at most.
+
+    Raises:
+        ArgumentError: a global batch that does not divide evenly.
+    """
+    share, rest = divmod(global_batch_size, num_processes)
+    if rest or share == 0:
+        raise ArgumentError(
+            f"--global_batch_size: {global_batch_size} does not divide by {num_processes} processes; "
+            f"take a multiple of {num_processes}"
+        )
+    micro_batch_size = min(share, per_device_train_batch_size or share)
+    if share % micro_batch_size:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        raise ArgumentError(
+            f"--per_device_train_batch_size: {micro_batch_size} does not divide the {share} images a process takes of "
+            f"--global_batch_size {global_batch_size}; take one of {', '.join(map(str, divisors[-8:]))}"
+        )
+    return BatchPlan(global_batch_size, num_processes, micro_batch_size, share // micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The course of a run over its optimizer steps, counted from 0. Samples come as one endless stream, epoch after
+    epoch, so that a batch may hold the end of one epoch and the start of the next, and nothing is dropped.
+
+    Args:
+        num_samples: images an epoch.
+        learning_rate: the peak, reached at the last warm-up step.
+        kind: cosine (to 0), linear (to 0) or constant, after a linear warm-up.
+    """
+
+    num_samples: int
+    global_batch_size: int
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float
+    kind: str
+
+    def learning_rate_at(self, step: int) -> float:
+        """Source: cosine from arXiv 1608.03983 without restarts; warm-up from arXiv 1706.02677, section 2.2."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        factor = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        }[self.kind]
+        return self.learning_rate * factor
+
+    def epochs_after(self, steps: int) -> float:
+        """Passes over the training set made by so many steps."""
+        return steps * self.global_batch_size / self.num_samples
+
+    def is_due(self, steps: int, every: int | None) -> bool:
+        """Whether something that happens every so many steps (None: once an epoch) happens after `steps` steps; at
+        the last step everything does."""
+        if steps == self.total_steps:
+            return True
+        if every is not None:
+            return steps % every == 0
+        seen = steps * self.global_batch_size
+        return seen // self.num_samples > (seen - self.global_batch_size) // self.num_samples
+
+
+def make_schedule(
+    *,
+    num_samples: int,
+    global_batch_size: int,
+    num_train_epochs: float | None,
+    max_steps: int | None,
+    warmup_steps: int | None,
+    warmup_ratio: float | None,
+    learning_rate: float,
+    kind: str,
+) -> Schedule:
+    """Counts the steps of a run and of its warm-up.
+
+    Raises:
+        ArgumentError: a warm-up longer than the run.
+    """
+    total = max_steps or math.ceil(num_train_epochs * num_samples / global_batch_size)
+    warmup = warmup_steps if warmup_steps is not None else math.ceil((warmup_ratio or 0) * total)
+    if warmup > total:
+        raise ArgumentError(f"--warmup_steps: {warmup} is longer than the run of {total} steps; take {total} or less")
+    return Schedule(num_samples, global_batch_size, total, warmup, learning_rate, kind)
