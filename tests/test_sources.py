@@ -173,6 +173,9 @@ def test_splits_and_columns_can_be_named(tmp_path):
     assert _message(folder, **chosen, image_column_name="photo") == (
         "--image_column_name photo: no such column; columns of the big split: img, fine_label, coarse_label"
     )
+    assert _message(folder, **{**chosen, "label_column_name": "kind"}).startswith(
+        "--label_column_name kind: no such column; columns of the big split"
+    )
     assert "--image_column_name fine_label: holds no images" in _message(
         folder, **chosen, image_column_name="fine_label"
     )
@@ -350,14 +353,12 @@ def test_a_set_too_small_to_hold_out_from_and_one_with_untrained_classes(tmp_pat
     assert load_image_splits(folder).notes == ["The evaluation split has classes without a training image: frog."]
 
 
-def test_an_image_folder_whose_test_pictures_are_unsorted_is_split_instead(tmp_path):
-    folder = _imagefolder(tmp_path / "pets", train={"cat": 20, "dog": 20}, test={".": 3})
-    loaded = load_image_splits(folder)
-    assert loaded.class_names == ["cat", "dog"] and (len(loaded.train), len(loaded.eval)) == (36, 4)
-    assert [note.split(":")[0] for note in loaded.notes] == [
-        "The test split has no labels, so it is not the evaluation split.",
-        "The set has no labelled evaluation split",
-    ]
+def test_an_image_folder_with_unsorted_pictures_says_what_is_missing(tmp_path):
+    folder = _imagefolder(tmp_path / "pets", train={"cat": 2, "dog": 2}, test={".": 3})
+    assert _message(folder) == (
+        "no label column found: name it by --label_column_name, or put every image in a folder of its class; "
+        "columns of the train split: image"
+    )
 
 
 # ---- names that cannot be loaded ----

@@ -368,9 +368,14 @@ def make_evaluate(
     preprocessing: Preprocessing,
     accelerator: accelerate.Accelerator,
     bad: dict[int, str],
+    class_index: list[int] | None = None,
 ) -> Callable[[], dict[str, float]]:
-    """A function that evaluates the model as it then is; decoding that can be kept is done once."""
-    batches = ImageBatches(split, preprocessing, on_bad_image=args.on_bad_image)
+    """A function that evaluates the model as it then is; decoding that can be kept is done once.
+
+    Args:
+        class_index: the model's index of each class of the dataset, where they differ.
+    """
+    batches = ImageBatches(split, preprocessing, on_bad_image=args.on_bad_image, class_index=class_index)
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)
     places = EvalPlaces(

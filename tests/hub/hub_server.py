@@ -108,7 +108,7 @@ class Repo:
         oid = list(self.commits)[-1] if revision == "main" else revision
         if oid not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return oid, self.commits[oid]
+        return oid, dict(self.commits[oid])
 
     def tree(self, revision: str, folder: str = "", recursive: bool = True) -> list[dict]:
         """The entries below a folder: files and folders, of one level or of all."""
@@ -130,10 +130,8 @@ class Repo:
 
 
 class HubServer:
-    """The server; a context manager. `tokens` maps each accepted token to the name of its user.
-
-    A user may write in the own namespace ("tester/...") only.
-    """
+    """The server; a context manager. `tokens` maps each accepted token to the name of its user,
+    who may write in the own namespace ("tester/...") only."""
 
     def __init__(self, tokens: dict[str, str]):
         self.tokens = dict(tokens)
@@ -165,16 +163,12 @@ class HubServer:
         """The environment for a client subprocess. `home` becomes HF_HOME: give each test a folder of its own."""
         foreign = re.compile(r"HF_|HUGGING|TRANSFORMERS_|.*_proxy$", re.IGNORECASE)
         env = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-        env |= {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
-        env |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
         # Nothing may leave the machine: no telemetry, version checks, download counters or conversion service.
-        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-        env |= {"DISABLE_SAFETENSORS_CONVERSION": "1", "NO_PROXY": "*", "no_proxy": "*"}
+        env |= dict.fromkeys(("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1")
+        env |= dict.fromkeys(("HF_HUB_DISABLE_XET", "DISABLE_SAFETENSORS_CONVERSION"), "1")
+        env |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        env |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")
         return env | ({"HF_TOKEN": token} if token is not None else {})
 
     def add_repo(
@@ -241,9 +235,10 @@ class HubServer:
             if token and token not in self.tokens:
                 raise HubError(401, "Invalid credentials in Authorization header")
             call.user = self.tokens.get(token)
-            fixed = {"/api/whoami-v2": self._whoami, "/api/repos/create": self._create_repo}
-            if path in fixed:
-                return fixed[path](call)
+            if path == "/api/whoami-v2":
+                return self._whoami(call)
+            if path == "/api/repos/create":
+                return self._create_repo(call)
             if path == "/api/validate-yaml":  # asked before a README is sent
                 return {"errors": [], "warnings": []}
             if match := _LFS_OBJECT_URL.fullmatch(path):
@@ -277,8 +272,7 @@ class HubServer:
         oid, files = repo.at(revision)
         info = {"id": repo.id, "author": repo.owner, "sha": oid, "lastModified": DATE, "createdAt": DATE}
         info |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False}
-        siblings = [{"rfilename": path, "size": len(files[path].data)} for path in sorted(files)]
-        return info | {"downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
+        return info | {"downloads": 0, "likes": 0, "tags": [], "siblings": [{"rfilename": path} for path in files]}
 
     def _tree(self, call: Request, repo: Repo, revision: str, folder: str):
         return repo.tree(revision, folder, "recursive=true" in call.path.lower())
@@ -288,9 +282,7 @@ class HubServer:
         if repo.gated and call.user not in repo.readers:
             # Only the content is gated: listings are public, as on the Hub.
             login = ". You must have access to it and be authenticated to access it. Please log in."
-            ask = (
-                f" and you are not in the authorized list. Visit https://huggingface.co/{repo.page} to ask for access."
-            )
+            ask = f" and you are not in the authorized list. Visit {self.url}/{repo.page} to ask for access."
             message = f"Access to {repo.type} {repo.id} is restricted" + (ask if call.user else login)
             raise HubError(403 if call.user else 401, message, "GatedRepo")
         oid, files = repo.at(revision)
@@ -311,10 +303,10 @@ class HubServer:
         self._check_write(call, repo.owner)
         files, answers = repo.at(revision)[1], []
         for wanted in json.loads(call.body)["files"]:
-            path, is_lfs = wanted["path"], wanted["path"].endswith(LFS_SUFFIXES) or wanted["size"] > LFS_SIZE
-            answers.append({"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False})
-            if path in files:
-                answers[-1]["oid"] = files[path].etag
+            path = wanted["path"]
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) or wanted["size"] > LFS_SIZE else "regular"
+            oid = files[path].etag if path in files else None
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
 
     def _batch(self, call: Request, repo: Repo, *_):
@@ -349,7 +341,6 @@ class HubServer:
         parent, files = repo.at("main")
         if header.get("parentCommit") not in (None, parent):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(files)
         for path, data in changes:
             if data is not None:
                 files[path] = Blob(path, data)
@@ -396,8 +387,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = 200, {}, json.dumps(answer).encode()
         call.status, headers, content = answer
         self.send_response(call.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(content))} | headers
-        for name, value in headers.items():
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

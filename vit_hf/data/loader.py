@@ -94,6 +94,8 @@ class ImageBatches(torch.utils.data.Dataset):
         on_bad_image: `raise`, or `skip`: a training row is replaced by another, chosen from (seed, epoch, index); an
             evaluation row does not count.
         training: whether bad rows are replaced.
+        keep_in_memory: default, where the pixels fit in CACHE_BYTES.
+        class_index: another number for each label.
     """
 
     def __init__(
@@ -106,9 +108,12 @@ class ImageBatches(torch.utils.data.Dataset):
         on_bad_image: str = "raise",
         training: bool = False,
         keep_in_memory: bool | None = None,
+        class_index: list[int] | None = None,
     ):
         self.images = dataset.with_format(None)
         self.labels = dataset.with_format("numpy")["label"][:].astype(np.int64)
+        if class_index is not None:
+            self.labels = np.asarray(class_index)[self.labels]
         self.preprocessing, self.seed = preprocessing, seed
         self.on_bad_image, self.training = on_bad_image, training
         height, width = preprocessing.image_size

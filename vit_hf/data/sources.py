@@ -17,13 +17,7 @@ import pyarrow.compute as pc
 from vit_hf.arguments import UserError
 from vit_hf.data.digits import load_digits_splits
 from vit_hf.data.glyphs import load_glyphs_splits
-from vit_hf.data.subset import (
-    SubsetRule,
-    apply_rule,
-    draw_samples,
-    hold_out,
-    resolve_classes,
-)
+from vit_hf.data.subset import SubsetRule, apply_rule, draw_samples, hold_out, resolve_classes
 
 GENERATED_SETS = {"digits": load_digits_splits, "glyphs": load_glyphs_splits}
 HUB_SETS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}
@@ -103,10 +97,13 @@ def load_image_splits(
     source = _load_source(dataset_name, dataset_config_name, revision, cache_dir)
     notes: list[str] = []
     train_name = _train_split_name(source, train_split, needed=need_train)
+    columns = {}  # the training split's first: a mistyped column must not look like a split without labels
+    if train_name is not None:
+        columns[train_name] = _columns(source[train_name], train_name, image_column_name, label_column_name)
     eval_name = _eval_split_name(source, eval_split, train_name, label_column_name, notes)
-    used = {name: source[name] for name in (train_name, eval_name) if name is not None}
-    columns = {name: _columns(split, name, image_column_name, label_column_name) for name, split in used.items()}
-    splits, class_names = _read_splits(used, columns)
+    if eval_name is not None:
+        columns[eval_name] = _columns(source[eval_name], eval_name, image_column_name, label_column_name)
+    splits, class_names = _read_splits({name: source[name] for name in columns}, columns)
     train, evaluation = splits.get(train_name), splits.get(eval_name)
     if (need_train or evaluation is None) and len(train.rows) == 0:
         raise UserError(f"--train_split {train_name}: zero training samples; splits: {_listed(source)}")
@@ -207,16 +204,13 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _train_split_name(source: dict, asked: str | None, *, needed: bool) -> str | None:
     name = asked or "train"
-    if name in source:
-        return name
-    if not needed:
-        return None
+    if name in source or not needed:
+        return name if name in source else None
     flag = f"--train_split {asked}: no such split" if asked else "no split is called train: name one by --train_split"
     raise UserError(f"{flag}; splits: {_listed(source)}")
 
@@ -226,9 +220,11 @@ def _eval_split_name(
 ) -> str | None:
     """Choose the evaluation split; None means that a part of the training split has to be held out."""
     if asked is not None:
-        problem = "no such split" if asked not in source else "has no labels"
-        if asked not in source or not _has_labels(source[asked], label_column):
-            raise UserError(f"--eval_split {asked}: {problem}; splits: {_listed(source)}")
+        if asked not in source:
+            raise UserError(f"--eval_split {asked}: no such split; splits: {_listed(source)}")
+        if not _has_labels(source[asked], label_column):
+            where = f" in its column {label_column}" if label_column else ""
+            raise UserError(f"--eval_split {asked}: has no labels{where}; splits: {_listed(source)}")
         return asked
     candidates = [name for name in EVAL_SPLITS if name in source and name != train_name]
     labelled = [name for name in candidates if _has_labels(source[name], label_column)]
@@ -246,32 +242,30 @@ def _has_labels(dataset: datasets.Dataset, label_column: str | None) -> bool:
     if not names:
         return False
     values = _column(dataset, names[0])
-    if len(values) == 0:
-        return True
     if len(values) == values.null_count:
-        return False
+        return len(values) == 0
     return not pa.types.is_integer(values.type) or pc.max(values).as_py() > NO_LABEL
 
 
 def _columns(dataset: datasets.Dataset, split: str, image: str | None, label: str | None) -> tuple[str, str]:
     """Find the image and the label column of a split, or check the ones named by flag."""
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if not images:
-        images = [name for name in IMAGE_NAMES if name in dataset.features and _holds_bytes(dataset, name)]
+    images = images or [name for name in IMAGE_NAMES if name in dataset.features and _holds_bytes(dataset, name)]
     found = []
     for kind, asked, candidates in (("image", image, images), ("label", label, _label_columns(dataset))):
         flag = f"--{kind}_column_name"
         listed = f"columns of the {split} split: {', '.join(dataset.column_names)}"
+        if asked is not None and asked not in dataset.column_names:
+            raise UserError(f"{flag} {asked}: no such column; {listed}")
         if asked is not None:
-            if asked not in dataset.column_names:
-                raise UserError(f"{flag} {asked}: no such column; {listed}")
             found.append(asked)
         elif kind in candidates or len(candidates) == 1:
             found.append(kind if kind in candidates else candidates[0])
         elif candidates:
             raise UserError(f"{flag}: choose one of {', '.join(candidates)}; {listed}")
         else:
-            raise UserError(f"no {kind} column found: name it by {flag}; {listed}")
+            hint = ", or put every image in a folder of its class" if kind == "label" else ""
+            raise UserError(f"no {kind} column found: name it by {flag}{hint}; {listed}")
     if found[0] not in images and not _holds_bytes(dataset, found[0]):
         raise UserError(f"--image_column_name {found[0]}: holds no images; columns with images: {', '.join(images)}")
     return found[0], found[1]
@@ -377,9 +371,8 @@ def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Spli
         f"The set has no labelled evaluation split: {len(held_out)} rows ({percent}% of each class) of "
         f"{train.name} are held out with seed {seed}."
     )
-    names = f"{train.name} ({100 - percent}% kept, seed {seed})", f"{train.name} ({percent}% held out, seed {seed})"
-    first, second = (dataclasses.replace(train, name=name, rows=rows) for name, rows in zip(names, (kept, held_out)))
-    return first, second
+    rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, seed {seed})", rows=kept)
+    return rest, dataclasses.replace(train, name=f"{train.name} ({percent}% held out, seed {seed})", rows=held_out)
 
 
 def _check_untrained(names: list[str], rule: SubsetRule, notes: list[str]) -> None:
