@@ -405,7 +405,6 @@ def export(
     output_dir = Path(args.output_dir)
     with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         state_dict = full_fp32_state_dict(state.model, zero_stage(accelerator))
-    accelerator.end_training()  # closes the trackers
     if accelerator.is_main_process:
         save_model(state.model, state_dict, preprocessing.image_processor(), output_dir)
         lines = read_jsonl(output_dir / "metrics.jsonl")
@@ -423,6 +422,7 @@ def export(
         if args.push_to_hub:
             accelerator.print(f"pushed to {push(output_dir, args.hub_model_id, args.hub_private_repo)}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # closes the trackers and the process group
 
 
 def count_bad(args: Any, accelerator: accelerate.Accelerator, bad: dict[str, dict[int, str]]) -> dict[str, int]:
