@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # what Pillow raises for bytes that are no image, are cut off, or are absurdly large
 DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -17,13 +17,15 @@ DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFEr
 @dataclass(frozen=True)
 class Preprocessing:
     """How an evaluation image becomes the model's input: resized with Pillow (bilinear unless the processor says
-    otherwise), cropped where `shortest_edge` is set, scaled to [0, 1] and normalised.
+    otherwise), cropped where `shortest_edge` or `resized` is set, scaled to [0, 1] and normalised.
 
     Args:
         image_size: (height, width) in pixels of the result.
         shortest_edge: resize so that the shorter side has this many pixels, then cut the centre; None resizes both
             sides to image_size, whatever the shape.
         image_mean, image_std: for each channel, in [0, 1].
+        resized: (height, width) to resize both sides to before the centre is cut, as DeiT's processor does; None where
+            there is nothing to cut or `shortest_edge` says it.
     """
 
     image_size: tuple[int, int]
@@ -31,17 +33,18 @@ class Preprocessing:
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BILINEAR
+    resized: tuple[int, int] | None = None
 
     def image_processor(self):
         """The transformers image processor that does the same."""
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-        height, width = self.image_size
-        square = {"height": height, "width": width}
+        height, width = self.resized or self.image_size
+        both_sides = {"height": height, "width": width}
         return ViTImageProcessorPil(
-            size={"shortest_edge": self.shortest_edge} if self.shortest_edge else square,
-            do_center_crop=self.shortest_edge is not None,
-            crop_size=square,
+            size={"shortest_edge": self.shortest_edge} if self.shortest_edge else both_sides,
+            do_center_crop=self.shortest_edge is not None or self.resized is not None,
+            crop_size={"height": self.image_size[0], "width": self.image_size[1]},
             resample=self.resample,
             image_mean=list(self.image_mean),
             image_std=list(self.image_std),
@@ -52,28 +55,39 @@ class Preprocessing:
     def from_config(cls, config: dict[str, Any], image_size: tuple[int, int]) -> "Preprocessing":
         """Reads a preprocessor_config.json; `image_size` stands in where it names no size. Raises ValueError for steps
         that are not a resize, a centre crop and a normalisation."""
-        size = config.get("size") or {}
-        size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
-        crop = config.get("crop_size") or size
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop)
         if config.get("do_resize") is False or config.get("do_rescale") is False:
             raise ValueError("an image processor that does not resize or does not rescale is not supported")
+        if abs((config.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-3:
+            raise ValueError(f"an image processor with rescale_factor {config['rescale_factor']} is not supported")
+
+        def sides(size: Any) -> tuple[int, int]:
+            size = {"height": size, "width": size} if isinstance(size, int) else size or {}
+            return size.get("height", image_size[0]), size.get("width", image_size[1])
+
+        size, crops = config.get("size"), bool(config.get("do_center_crop"))
+        shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else None
+        result, resized = sides(config.get("crop_size") or size) if crops else sides(size), None
+        if config.get("crop_pct"):  # ConvNext's and ResNet's: below 384 pixels the centre of a larger image
+            edge = shortest_edge or result[0]
+            result, shortest_edge = (edge, edge), int(edge / config["crop_pct"]) if edge < 384 else None
+        elif crops and shortest_edge is None and sides(size) != result:
+            resized = sides(size)
+        elif shortest_edge and not crops:
+            result, shortest_edge = (shortest_edge, shortest_edge), None
         normalises = config.get("do_normalize", True)
-        shortest_edge = size.get("shortest_edge")
-        result = crop if shortest_edge and config.get("do_center_crop") else size
-        if shortest_edge and not config.get("do_center_crop"):
-            result, shortest_edge = {"height": shortest_edge, "width": shortest_edge}, None
         return cls(
-            image_size=(result.get("height", image_size[0]), result.get("width", image_size[1])),
+            image_size=result,
             shortest_edge=shortest_edge,
             image_mean=tuple(config.get("image_mean") or (0.5,) * 3) if normalises else (0.0,) * 3,
             image_std=tuple(config.get("image_std") or (0.5,) * 3) if normalises else (1.0,) * 3,
             resample=config.get("resample", Image.Resampling.BILINEAR),
+            resized=resized,
         )
 
 
 def open_image(value: dict[str, Any]) -> Image.Image:
-    """Opens a row of a `datasets.Image(decode=False)` column, {"bytes", "path"}, as RGB.
+    """Opens a row of a `datasets.Image(decode=False)` column, {"bytes", "path"}, as RGB: upright where a camera
+    noted its orientation (as datasets and pipelines do), transparent parts white (as the image processor does).
 
     Raises:
         One of DECODE_ERRORS.
@@ -82,6 +96,11 @@ def open_image(value: dict[str, Any]) -> Image.Image:
     if source is None:
         raise ValueError("neither bytes nor a path")
     with Image.open(source) as image:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
@@ -89,11 +108,13 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resizes (and centre-crops) as the image processor does: uint8 (H, W, 3)."""
     height, width = preprocessing.image_size
     if preprocessing.shortest_edge is None:
-        return np.asarray(image.resize((width, height), preprocessing.resample))
-    short, long = sorted(image.size)
-    resized_long = int(preprocessing.shortest_edge * long / short)
-    sides = (preprocessing.shortest_edge, resized_long)
-    image = image.resize(sides if image.width <= image.height else sides[::-1], preprocessing.resample)
+        resized_height, resized_width = preprocessing.resized or (height, width)
+        sides = (resized_width, resized_height)
+    else:
+        short, long = sorted(image.size)
+        sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
+        sides = sides if image.width <= image.height else sides[::-1]
+    image = image.resize(sides, preprocessing.resample)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import accelerate
 import torch
+import transformers
 from accelerate.utils import InitProcessGroupKwargs
 
 from vit_hf.arguments import UserError
@@ -56,6 +57,9 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
             f"accelerate cannot run this configuration here: {reason} (change accelerate's --config_file)"
         ) from None
     if accelerator.state.deepspeed_plugin is not None:
+        # transformers would split the weights while it reads them; a ViT fits whole into host memory, where the head
+        # and the position embeddings are changed, and `prepare` splits it afterwards
+        transformers.integrations.unset_hf_deepspeed_config()
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if "optimizer" in config or "scheduler" in config:
             raise UserError(

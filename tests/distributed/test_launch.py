@@ -1,0 +1,167 @@
+"""The real scripts under the real launcher: DDP and DeepSpeed ZeRO on two CPU processes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import DEMO_DEFAULTS, ROOT, in_process, launch, lines, python, trajectory, words
+
+pytestmark = pytest.mark.slow
+
+# ZeRO's 16-bit rounding is left out where trajectories are compared: what is held is that the algorithms agree
+FP32 = ("--mixed_precision", "no")
+TWO = ("--num_processes", "2")
+RUN = {**DEMO_DEFAULTS, "random_crop": "padding=3", "random_flip": 0.5, "max_train_samples": 100, "save_steps": 3}
+
+
+def close(one, other, tolerance):
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other):
+        assert a == pytest.approx(b, rel=tolerance), (one, other)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The same run on one process, to hold the others against."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    in_process("pretrain", output_dir=folder, **RUN)
+    return folder
+
+
+def finished(result, folder, num_processes=2, zero_stage=0):
+    assert result.returncode == 0, result.stderr[-3000:]
+    text = (folder / "run_config.yaml").read_text()
+    assert f"num_processes: {num_processes}" in text and f"zero_stage: {zero_stage}" in text
+    return json.loads((folder / "all_results.json").read_text())
+
+
+CONFIGS = [("cpu_2proc", 0), ("ddp", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)]
+
+
+@pytest.mark.parametrize(("config", "stage"), CONFIGS, ids=[name for name, _ in CONFIGS])
+def test_two_processes_take_the_course_of_one(config, stage, single, tmp_path):
+    """Loss and gradient norm of every step, the ragged evaluation (101 images), and the exported fp32 weights."""
+    folder = tmp_path / "run"
+    flags = {**RUN, "per_device_train_batch_size": 8 if config == "zero2" else 16}  # zero2: with accumulation
+    results = finished(launch("pretrain", config, launcher=(*TWO, *FP32), output_dir=folder, **flags), folder, 2, stage)
+    close(trajectory(folder), trajectory(single), 1e-4)
+    expected = json.loads((single / "all_results.json").read_text())
+    assert results["eval_samples"] == 101 == expected["eval_samples"]
+    assert results["eval_accuracy"] == pytest.approx(expected["eval_accuracy"], abs=1.01 / 101)
+    assert results["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    one, two = load_file(single / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert two[name].dtype == torch.float32
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+    rates = [line["learning_rate"] for line in lines(folder)]
+    assert rates == [line["learning_rate"] for line in lines(single)]  # not stepped once a process
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_zero_in_bf16_exports_fp32_master_weights_and_resumes_exactly(config, tmp_path):
+    """Interrupted at step 3 of 6 and started again, the run ends with the weights of the uninterrupted one; fine-tuning
+    takes them up under the same config."""
+    for name in ("whole", "stopped"):
+        launch("pretrain", config, launcher=(*TWO, "--mixed_precision", "bf16"), output_dir=tmp_path / name, **RUN)
+    stopped = tmp_path / "stopped"
+    _undo_to_step_3(stopped)
+    again = launch("pretrain", config, launcher=(*TWO, "--mixed_precision", "bf16"), output_dir=stopped, **RUN)
+    finished(again, stopped, 2, int(config[-1]))
+    assert "resuming from" in again.stdout and "exactly" in again.stdout
+    assert trajectory(stopped) == trajectory(tmp_path / "whole")
+    one, two = load_file(tmp_path / "whole/model.safetensors"), load_file(stopped / "model.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    rounded = [name for name in one if torch.equal(one[name], one[name].bfloat16().float())]
+    assert not any("proj.weight" in name or "classifier.weight" in name for name in rounded)
+
+    flags = {**RUN, "model_name_or_path": stopped, "max_steps": 2}
+    for name in ("preset", "config_overrides"):
+        flags.pop(name)
+    tuned = tmp_path / "tuned"
+    finished(
+        launch("finetune", config, launcher=(*TWO, "--mixed_precision", "bf16"), output_dir=tuned, **flags),
+        tuned, 2, int(config[-1]),
+    )  # fmt: skip
+
+
+def _undo_to_step_3(folder):
+    """Leaves what a kill right after the checkpoint at step 3 leaves, and a half-written later one."""
+    import shutil
+
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "checkpoint-6.tmp").mkdir()
+    (folder / "all_results.json").unlink()
+    (folder / "model.safetensors").unlink()
+
+
+def test_zero3_with_offload(single, tmp_path):
+    folder = tmp_path / "run"
+    result = launch("pretrain", "zero3_offload", launcher=(*TWO, *FP32), output_dir=folder, **RUN)
+    finished(result, folder, 2, 3)
+    close(trajectory(folder), trajectory(single), 1e-4)
+
+
+def test_ema_under_zero_is_refused_in_one_line(tmp_path):
+    result = launch("pretrain", "zero2", launcher=(*TWO, *FP32), output_dir=tmp_path, ema_decay=0.9, **RUN)
+    assert result.returncode == 1
+    assert re.search(r"^error: --ema_decay does not work with DeepSpeed ZeRO", result.stderr, re.M)
+
+
+def test_sgd_finetuning_with_ema_under_ddp(tmp_path, single):
+    """The paper's fine-tuning optimizer; the export is the average, as the evaluation was."""
+    flags = {**RUN, "model_name_or_path": single, "optim": "sgd", "ema_decay": 0.5, "max_steps": 3}
+    for name in ("preset", "config_overrides"):
+        flags.pop(name)
+    results = finished(launch("finetune", "cpu_2proc", output_dir=tmp_path / "run", **flags), tmp_path / "run")
+    saved = load_file(tmp_path / "run/checkpoint-3/ema.safetensors")
+    weights = load_file(tmp_path / "run/checkpoint-3/model.safetensors")
+    exported = load_file(tmp_path / "run/model.safetensors")
+    assert torch.equal(exported["classifier.weight"], saved["classifier.weight"])
+    assert not torch.equal(weights["classifier.weight"], saved["classifier.weight"])
+    evaluated = python("-m", "vit_hf.cli", "evaluate", tmp_path / "run", "--dataset_name", "digits", "--max_eval_samples", 101)
+    assert evaluated.returncode == 0, evaluated.stderr
+    again = json.loads((tmp_path / "run/eval_results.json").read_text())
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+
+
+def test_evaluate_counts_each_sample_once_on_two_processes(single, tmp_path):
+    """A ragged split (450 images in batches of 64 on two processes) gives what one process gives."""
+    command = ["-m", "vit_hf.cli", "evaluate", str(single), "--dataset_name", "digits", "--per_device_eval_batch_size", "64"]
+    alone = python(*command, "--output_dir", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    two = launch(["-m", *command[1:], "--output_dir", tmp_path / "two"], "cpu_2proc")
+    assert two.returncode == 0, two.stderr
+    one, both = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two"))
+    assert one["eval_samples"] == both["eval_samples"] == 450
+    assert one["eval_accuracy"] == both["eval_accuracy"] and one["eval_accuracy_top5"] == both["eval_accuracy_top5"]
+    assert one["eval_loss"] == pytest.approx(both["eval_loss"], rel=1e-6)
+    assert "450" in alone.stdout and "eval_accuracy" in alone.stdout
+
+
+def test_sigterm_saves_a_checkpoint_exits_143_and_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    flags = {**RUN, "max_steps": 40, "save_steps": 1000, "eval_steps": 1000, "per_device_train_batch_size": 1}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run_pretrain.py", *words({**flags, "output_dir": folder})],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143 and "Traceback" not in errors
+    assert "stopped by SIGTERM after checkpoint-" in errors
+    step = int(re.search(r"after checkpoint-(\d+)", errors)[1])
+    assert 0 < step < 40 and (folder / f"checkpoint-{step}/manifest.json").exists()
+    in_process("pretrain", output_dir=folder, **flags)
+    assert [line["step"] for line in lines(folder)] == list(range(1, 41))
