@@ -99,9 +99,7 @@ def test_stock_checkpoint_loads_with_equal_logits(tmp_path, original_format):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert ours.config.id2label == NAMES
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(images(16, 16)).logits, stock(images(16, 16)).logits, rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(ours(images(16, 16)).logits, stock(images(16, 16)).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stock_class", [transformers.ViTModel, transformers.ViTForMaskedImageModeling])
@@ -369,7 +367,9 @@ def test_mlp_head_is_one_tanh_layer():
     hidden = model.pre_logits[0]
     with torch.no_grad():
         token = model.vit(images(16, 16)).last_hidden_state[:, 0]
-        expected = torch.tanh(token @ hidden.weight.T + hidden.bias) @ model.classifier.weight.T + model.classifier.bias
+        expected = (
+            torch.tanh(token @ hidden.weight.T + hidden.bias) @ model.classifier.weight.T + model.classifier.bias
+        )
     assert hidden.weight.shape == (12, 16)
     torch.testing.assert_close(logits_here(model), expected, rtol=0, atol=1e-5)
 

@@ -40,9 +40,7 @@ def tiny_model(**changes) -> ViTForImageClassification:
 
 def encoder_differences(model, other) -> set[str]:
     """The encoder's tensors that are missing on one side or not equal to the bit."""
-    first, second = (
-        {k: v for k, v in m.state_dict().items() if k.startswith("vit.")} for m in (model, other)
-    )
+    first, second = ({k: v for k, v in m.state_dict().items() if k.startswith("vit.")} for m in (model, other))
     equal = {k for k in first.keys() & second.keys() if torch.equal(first[k], second[k])}
     return (first.keys() | second.keys()) - equal
 
@@ -78,9 +76,9 @@ def test_presets_are_stock_and_take_changes():
 
 
 def test_unknown_preset_offers_the_nearest():
-    with pytest.raises(ValueError, match="did you mean vit-base-patch16-224"):
+    with pytest.raises(ValueError, match="vit-base-patch16-224"):
         preset_config("vit-base-patch16-244")
-    with pytest.raises(ValueError, match=f"all: {', '.join(PRESETS)}"):
+    with pytest.raises(ValueError, match=", ".join(PRESETS)):  # nothing is near: all are listed
         preset_config("resnet")
 
 
@@ -103,7 +101,9 @@ def test_wrong_fields_are_named_with_their_value(changes, message):
 
 
 def test_overrides_have_the_types_of_yaml():
-    text = "drop_path_rate=0.1, pooling=mean,head_hidden_size=none,layer_norm_eps=1e-6,qkv_bias=false,num_hidden_layers=3"
+    text = (
+        "drop_path_rate=0.1, pooling=mean,head_hidden_size=none,layer_norm_eps=1e-6,qkv_bias=false,num_hidden_layers=3"
+    )
     found = parse_overrides(text)
     assert found == {
         "drop_path_rate": 0.1,
@@ -130,11 +130,13 @@ def test_unknown_or_malformed_override_is_refused():
 
 def test_from_preset_names_the_classes():
     changes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
     model = from_preset("vit-demo-patch8-32", ["a", "b", "c"], changes)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and model.config.label2id == {"a": 0, "b": 1, "c": 2}
     assert model.classifier.weight.shape == (3, 16)
-    assert model.vit.embeddings.position_embeddings.std() == pytest.approx(0.02, rel=0.3)
-    assert model.vit.layers[0].mlp.fc1.weight.std() == pytest.approx(0.02, rel=0.3)
+    scale = model.config.initializer_range
+    assert model.vit.embeddings.position_embeddings.std().item() == pytest.approx(scale, rel=0.2)
+    assert model.vit.layers[0].mlp.fc1.weight.std().item() == pytest.approx(scale, rel=0.2)
     assert not model.vit.layers[0].mlp.fc1.bias.any()
 
 
@@ -189,6 +191,13 @@ def test_kept_head_gives_the_same_logits():
 def test_another_encoder_is_refused(changes):
     with pytest.raises(ValueError, match="--config_overrides makes another encoder"):
         for_new_labels(tiny_model(), ["a", "b"], changes)
+
+
+def test_a_model_of_another_kind_is_refused():
+    """One that load_pretrained returned as transformers' own class."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    with pytest.raises(ValueError, match="resnet"):
+        for_new_labels(transformers.ResNetForImageClassification(config), ["a", "b"], {})
 
 
 def test_a_class_token_cannot_be_made_up():
@@ -260,5 +269,5 @@ def test_truncated_file_is_an_error(tmp_path):
 
 def test_folder_that_does_not_exist_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(OSError):
         load_pretrained(str(tmp_path / "nowhere"))

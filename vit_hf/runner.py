@@ -38,7 +38,7 @@ from vit_hf.data.subset import SubsetRule, parse_subset_classes
 from vit_hf.evaluation.evaluate import evaluate_model
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
-from vit_hf.hub.push import check_token, push
+from vit_hf.hub.push import find_repository, push
 from vit_hf.training import checkpoint
 from vit_hf.training.accelerator import apply_batch_plan, build_accelerator, zero_stage
 from vit_hf.training.checkpoint import TrainState
@@ -99,8 +99,11 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     if args.dry_run:
         say("dry run: nothing was trained")
         return
-    if args.push_to_hub and accelerator.is_main_process and (warning := check_token()):
-        print(f"warning: {warning}", file=sys.stderr)
+    name = output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        name, warning = find_repository(args.hub_model_id, output_dir)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
 
     resume_from, manifest, passed_over = find_checkpoint(args, output_dir)
     accelerator.wait_for_everyone()  # all have looked at the folder before it changes
@@ -167,7 +170,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         extra_metrics=functools.partial(count_bad, args, accelerator, bad),
         first_step=first_step,
     )
-    export(args, accelerator, state, preprocessing, resolved, count_bad(args, accelerator, bad), start_time)
+    export(args, accelerator, state, preprocessing, resolved, count_bad(args, accelerator, bad), name, start_time)
 
 
 def start(args: Any) -> accelerate.Accelerator:
@@ -221,7 +224,7 @@ def model_errors(args: Any) -> Iterator[None]:
     except ValueError as error:
         reason = " ".join(str(error).split())
         if source is None:
-            raise ArgumentError(f"--preset {args.preset}: {reason} (--config_overrides, --image_size)") from None
+            raise ArgumentError(f"--preset {args.preset}: {reason}") from None
         raise UserError(f"model {source}: {reason}") from None
     except (OSError, KeyError, RuntimeError) as error:
         raise UserError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
@@ -399,6 +402,7 @@ def export(
     preprocessing: Preprocessing,
     resolved: dict[str, Any],
     counted: dict[str, int],
+    name: str,
     start_time: float,
 ) -> None:
     """Makes the output folder a model repository, and pushes it where that is asked for."""
@@ -413,14 +417,14 @@ def export(
         results |= {key: resolved[key] for key in ("train_samples", "num_parameters", "versions")} | counted
         results["peak_memory_bytes"] = peak_memory_bytes(accelerator.device)
         results["wall_time_seconds"] = round(time.perf_counter() - start_time, 2)
-        write_card(output_dir, args, resolved, results, state.model.config)
+        write_card(output_dir, name, args, resolved, results, state.model.config)
         write_json(results, output_dir / "all_results.json")  # last: its presence says that the folder is complete
         accelerator.print(
             f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "
             f"({resolved['eval_split']}); {output_dir}"
         )
         if args.push_to_hub:
-            accelerator.print(f"pushed to {push(output_dir, args.hub_model_id, args.hub_private_repo)}")
+            accelerator.print(f"pushed to {push(output_dir, name, args.hub_private_repo)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers and the process group
 

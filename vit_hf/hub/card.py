@@ -13,14 +13,14 @@ HUB_IDS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}
 
 
 def write_card(
-    output_dir: Path, args: RunArguments, resolved: dict[str, Any], results: dict[str, Any], config: Any
+    output_dir: Path, name: str, args: RunArguments, resolved: dict[str, Any], results: dict[str, Any], config: Any
 ) -> None:
     """Writes README.md.
 
     Args:
+        name: of the repository, or of the folder.
         resolved: the derived values of run_config.yaml. results: all_results.json. config: the model's configuration.
     """
-    name = args.hub_model_id or output_dir.resolve().name
     told = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
     defaults = {item.name: item.default for item in dataclasses.fields(args)}
     private = ("output_dir", "hub_model_id", "push_to_hub", "hub_private_repo")

@@ -15,30 +15,30 @@ UPLOADED = [
 ]  # fmt: skip
 
 
-def repository(hub_model_id: str | None, output_dir: Path) -> str:
-    """The repository's name: as given, or that of the output folder (the Hub adds the user)."""
-    return hub_model_id or output_dir.resolve().name
+def find_repository(hub_model_id: str | None, output_dir: Path) -> tuple[str, str | None]:
+    """Asks the Hub who we are, at the start of a run.
 
-
-def check_token() -> str | None:
-    """Asks the Hub who we are. Returns None when it knows us, or else a warning to show: training goes on."""
+    Returns:
+        The repository's full name (`user/name`; without the user where the Hub does not tell), by default that of the
+        output folder; and a warning to show where the Hub does not know us: training goes on all the same.
+    """
+    name = hub_model_id or output_dir.resolve().name
     try:
-        HfApi().whoami()
-        return None
+        user = HfApi().whoami()["name"]
+        return (name if "/" in name else f"{user}/{name}"), None
     except LocalTokenNotFoundError:
         reason = "no token found"
     except Exception as error:  # whatever keeps us from the Hub now may be gone when the run ends
         reason = _one_line(error)
-    return f"--push_to_hub: {reason}; training goes on, log in with `hf auth login` before it ends"
+    return name, f"--push_to_hub: {reason}; training goes on, log in with `hf auth login` before it ends"
 
 
-def push(output_dir: Path, hub_model_id: str | None, private: bool) -> str:
+def push(output_dir: Path, name: str, private: bool) -> str:
     """Creates the repository where it does not exist and uploads the folder in one commit. Returns its URL.
 
     Raises:
         UserError: the Hub refused or could not be reached; names the command that uploads the folder later.
     """
-    name = repository(hub_model_id, output_dir)
     try:
         api = HfApi()
         name = api.create_repo(name, private=private or None, exist_ok=True).repo_id

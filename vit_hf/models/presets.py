@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import difflib
+import os
 from typing import Any
 
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .configuration_vit import ViTConfig
@@ -39,9 +41,17 @@ def preset_config(name: str, **changes: Any) -> ViTConfig:
     """The configuration of a preset with some fields changed. Raises ValueError for an unknown preset."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "there is"
-        raise ValueError(f"{name!r} is no preset, {hint} (all: {', '.join(PRESETS)})")
-    return ViTConfig(**{**PRESETS[name], **changes})
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"no such preset; {hint}There is {', '.join(PRESETS)}")
+    return make_config({**PRESETS[name], **changes})
+
+
+def make_config(fields: dict[str, Any]) -> ViTConfig:
+    """A configuration; raises ValueError for a value of the wrong type too, which its base class does in its own way."""
+    try:
+        return ViTConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -56,10 +66,10 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     for part in filter(None, (text or "").split(",")):
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not value:
-            raise ValueError(f"{part!r} is not NAME=VALUE")
+            raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE")
         if name not in architecture:
             close = difflib.get_close_matches(name, architecture, n=3, cutoff=0.6) or sorted(architecture)
-            raise ValueError(f"{name!r} is no field of ViTConfig, nearest: {', '.join(close)}")
+            raise ValueError(f"--config_overrides: {name!r} is no field of ViTConfig, nearest: {', '.join(close)}")
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):  # YAML reads 1e-6 as text
             try:
@@ -80,6 +90,8 @@ def load_pretrained(
         ValueError: not an image classification model, or weights that do not fit their configuration.
         OSError: no such folder or repository.
     """
+    if name_or_path.startswith(("/", ".", "~")) and not os.path.isdir(name_or_path):
+        raise OSError("no such folder")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
     model_class = transformers.AutoModelForImageClassification
     extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -125,17 +137,19 @@ def for_new_labels(
         keep_head: keep the head as it is; the class names must then be the model's own.
 
     Raises:
-        ValueError: changes that make another encoder.
+        ValueError: changes that make another encoder, or a model that is none of ours.
 
     Source: ViT paper, section 3.2 (zero-initialised D x K layer, interpolated position embeddings).
     """
+    if not isinstance(model, ViTForImageClassification):
+        raise ValueError(f"its model_type is {model.config.model_type}; vit and vit_hf can be trained")
     fields = model.config.to_dict()
     for name in ("num_labels", "model_type", "auto_map", "architectures"):
         fields.pop(name, None)
     if not keep_head:
         fields["head_hidden_size"] = None
     fields.update(changes, **_labels(class_names))
-    target = ViTForImageClassification(ViTConfig(**fields))
+    target = ViTForImageClassification(make_config(fields))
     weights = copy.copy(model.state_dict())
     positions = "vit.embeddings.position_embeddings"
     if model.config.pooling == "cls" != target.config.pooling:

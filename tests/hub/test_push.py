@@ -1,0 +1,145 @@
+"""Push and load by id, with the real clients against a local Hub."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.hub.hub_server import HubServer
+from tests.runs import DEMO_DEFAULTS, ROOT, python, words
+
+pytestmark = pytest.mark.slow
+TOKEN = "hf_secret_token_of_the_test"
+FAST = {**DEMO_DEFAULTS, "max_steps": 2, "push_to_hub": "true"}
+
+
+@pytest.fixture
+def hub():
+    with HubServer(tokens={TOKEN: "tester"}) as server:
+        yield server
+
+
+def script(hub, tmp_path, name, token=TOKEN, **flags):
+    flags = {key: value for key, value in flags.items() if value is not None}
+    return python(ROOT / f"run_{name}.py", *words(flags), env=hub.env(token=token, home=tmp_path / "home"))
+
+
+def test_the_finished_folder_is_pushed_and_loads_by_id(hub, tmp_path):
+    """Model, processor, card and curves go up; checkpoints and the token do not; transformers, evaluate and
+    run_finetune.py take the repository by its id."""
+    folder = tmp_path / "tiny-vit"
+    result = script(hub, tmp_path, "pretrain", output_dir=folder, hub_private_repo="true", **FAST)
+    assert result.returncode == 0, result.stderr
+    assert "pushed to" in result.stdout and hub.repos["model", "tester/tiny-vit"].private
+    files = hub.files("model", "tester/tiny-vit")
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "run_config.yaml", "metrics.jsonl",
+            "all_results.json", "learning_curves.png"} == set(files) - {".gitattributes"}  # fmt: skip
+    assert '"tester/tiny-vit"' in files["README.md"].decode()  # the card's example loads this repository
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert (folder / "checkpoint-2").exists() and hub.leaks(TOKEN) == []
+    assert not any(TOKEN.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+    loaded = python(
+        "-c",
+        "import torch, transformers\n"
+        "model = transformers.AutoModelForImageClassification.from_pretrained('tester/tiny-vit')\n"
+        "processor = transformers.AutoImageProcessor.from_pretrained('tester/tiny-vit')\n"
+        "print(type(model).__module__, list(processor.image_mean), model.config.id2label[3])",
+        env=hub.env(token=TOKEN, home=tmp_path / "home"),
+    )
+    assert loaded.stdout.strip() == "transformers.models.vit.modeling_vit [0.5, 0.5, 0.5] 3", loaded.stderr
+    evaluated = python(
+        "-m", "vit_hf.cli", "evaluate", "tester/tiny-vit", "--dataset_name", "digits", "--max_eval_samples", 101,
+        "--output_dir", tmp_path / "eval", env=hub.env(token=TOKEN, home=tmp_path / "home"),
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    before, after = (json.loads(path.read_text()) for path in (folder / "all_results.json", tmp_path / "eval/eval_results.json"))
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    flags = {**FAST, "preset": None, "config_overrides": None, "push_to_hub": None, "model_name_or_path": "tester/tiny-vit"}
+    tuned = script(hub, tmp_path, "finetune", output_dir=tmp_path / "tuned", **flags)
+    assert tuned.returncode == 0, tuned.stderr
+    assert "base_model: tester/tiny-vit" in (tmp_path / "tuned/README.md").read_text()
+
+
+def test_a_refused_token_warns_at_the_start_and_ends_with_the_command_to_repeat(hub, tmp_path):
+    folder = tmp_path / "tiny-vit"
+    result = script(hub, tmp_path, "pretrain", token="hf_wrong", output_dir=folder, **FAST)
+    assert result.returncode == 1
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: --push_to_hub")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(warnings) == len(errors) == 1 and "training goes on" in warnings[0]
+    assert f"the model is complete in {folder}" in errors[0] and "401" in errors[0] and "hf upload tiny-vit" in errors[0]
+    assert (folder / "model.safetensors").exists() and (folder / "all_results.json").exists()
+    assert "Traceback" not in result.stderr and "hf_wrong" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("mode", "said"), [("forbidden", "403"), ("drop", "RemoteProtocolError|ConnectError|Disconnect")])
+def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(hub, tmp_path, mode, said):
+    hub.fail_commits(mode)
+    result = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "tiny-vit", **FAST)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and "Traceback" not in result.stderr
+    assert any(word in errors[0] for word in said.split("|")) and "hf upload tester/tiny-vit" in errors[0], errors
+    assert (tmp_path / "tiny-vit/model.safetensors").exists()
+
+
+def picture(grey):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), grey, dtype=np.uint8)).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def parquet(column, labels, names, label="label"):
+    """A parquet file as the Hub's own have it, with the features in its metadata."""
+    features = {column: {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({column: [picture(40 * (number % 5)) for number in range(len(labels))], label: labels})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), buffer)
+    return buffer.getvalue()
+
+
+def test_cifar10_by_its_short_name(hub, tmp_path):
+    """The Hub's schema: uoft-cs/cifar10, configuration plain_text, column img, splits train and test."""
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    hub.add_repo("dataset", "uoft-cs/cifar10", {
+        "plain_text/train-00000-of-00001.parquet": parquet("img", list(range(10)) * 6, names),
+        "plain_text/test-00000-of-00001.parquet": parquet("img", list(range(10)) * 2, names),
+        "README.md": b"---\nconfigs:\n- config_name: plain_text\n  data_files:\n  - split: train\n    path: plain_text/train-*\n"
+                     b"  - split: test\n    path: plain_text/test-*\n---\n",
+    })  # fmt: skip
+    flags = {**FAST, "push_to_hub": None, "dataset_name": "cifar10", "max_eval_samples": None, "subset_classes": "ship,cat"}
+    result = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "run", **flags)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "ship"}
+    results = json.loads((tmp_path / "run/all_results.json").read_text())
+    assert results["eval_samples"] == 4 and results["train_samples"] == 12
+    card = (tmp_path / "run/README.md").read_text()
+    assert "uoft-cs/cifar10" in card and "subset_hash" in card
+
+
+def test_imagenet_without_access_says_where_to_ask_and_with_access_crops_the_centre(hub, tmp_path):
+    names = [f"class {number}" for number in range(6)]
+    hub.add_repo("dataset", "ILSVRC/imagenet-1k", {
+        "data/train-00000-of-00001.parquet": parquet("image", list(range(6)) * 6, names),
+        "data/validation-00000-of-00001.parquet": parquet("image", list(range(6)), names),
+        "data/test-00000-of-00001.parquet": parquet("image", [-1] * 6, names),
+    }, gated=True)  # fmt: skip
+    flags = {**FAST, "push_to_hub": None, "dataset_name": "imagenet-1k", "max_eval_samples": None, "subset_fraction": 0.6667}
+    flags["random_crop"] = "scale=0.3"
+    refused = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "run", **flags)
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert refused.returncode == 1 and len(errors) == 1 and "Traceback" not in refused.stderr
+    assert "https://huggingface.co/datasets/ILSVRC/imagenet-1k" in errors[0] and "hf auth login" in errors[0]
+    hub.repos["dataset", "ILSVRC/imagenet-1k"].readers.add("tester")
+    result = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "run", **flags)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "run/all_results.json").read_text())
+    assert results["train_samples"] == 24 and results["eval_samples"] == 6  # validation: test has no labels
+    processor = json.loads((tmp_path / "run/preprocessor_config.json").read_text())
+    assert processor["do_center_crop"] and processor["size"] == {"shortest_edge": 37}

@@ -1,0 +1,246 @@
+"""From encoded bytes to pixels: equal to what the exported image processor makes of the same image."""
+
+import inspect
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from vit_hf.data.augment import normalise
+from vit_hf.data.decode import (
+    DECODE_ERRORS,
+    Preprocessing,
+    crop_to_pixels,
+    open_image,
+    processor_config,
+    processor_normalisation,
+    to_pixels,
+)
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.RandomState(width * height)
+    if mode == "I;16":
+        return Image.fromarray(rng.randint(0, 2**16, (height, width)).astype(np.uint16))
+    channels = {"L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "1": 1}[mode]
+    levels = rng.randint(0, 256, (height, width, channels)).astype(np.uint8)
+    if mode == "P":
+        return Image.fromarray(levels[..., 0]).convert("RGB").quantize(16)
+    if mode == "1":
+        return Image.fromarray(levels[..., 0]).convert("1")
+    return Image.fromarray(levels[..., 0] if channels == 1 else levels, mode=mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def processed(processor, data: bytes) -> torch.Tensor:
+    return processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"]
+
+
+def ours(data: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    pixels = to_pixels(open_image({"bytes": data, "path": None}), preprocessing)
+    assert pixels.dtype == np.uint8 and pixels.shape == (*preprocessing.image_size, 3)
+    batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    return normalise(batch, torch.tensor(preprocessing.image_mean), torch.tensor(preprocessing.image_std))
+
+
+PREPROCESSINGS = {
+    "square": Preprocessing((32, 32), image_mean=MEAN, image_std=STD),
+    "non-square": Preprocessing((24, 40), image_mean=MEAN, image_std=STD),
+    "shorter side, then centre": Preprocessing((28, 28), shortest_edge=32, image_mean=MEAN, image_std=STD),
+    "odd centre": Preprocessing((21, 27), shortest_edge=30),
+    "bicubic": Preprocessing((32, 32), resample=Image.Resampling.BICUBIC),
+    "both sides, then centre": Preprocessing((28, 27), resized=(33, 32), image_mean=MEAN, image_std=STD),
+    "centre larger than the image": Preprocessing((40, 37), shortest_edge=32),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESSINGS)
+@pytest.mark.parametrize("size", [(32, 32), (61, 47), (47, 61), (33, 100), (9, 7), (1, 5)])
+def test_pixels_equal_the_exported_processors(tmp_path, name, size):
+    """The same uint8 pixels exactly (seen through an identity normalisation), and the same normalised values."""
+    preprocessing = PREPROCESSINGS[name]
+    data = encoded(picture(*size))
+    preprocessing.image_processor().save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(data, preprocessing), processed(processor, data).float(), rtol=0, atol=1e-6)
+    exact = ViTImageProcessorPil.from_pretrained(tmp_path, do_rescale=False, do_normalize=False)
+    pixels = to_pixels(open_image({"bytes": data, "path": None}), preprocessing)
+    assert np.array_equal(processed(exact, data)[0].numpy(), pixels.transpose(2, 0, 1))
+
+
+COMPOSITES = "return_numpy" in inspect.signature(convert_to_rgb).parameters  # transformers 5.17 drops transparency
+
+
+def encodings() -> dict[str, bytes]:
+    palette = picture(40, 30, "P")
+    return {
+        "gray": encoded(picture(40, 30, "L")),
+        "bilevel": encoded(picture(40, 30, "1")),
+        "palette": encoded(palette),
+        "CMYK JPEG": encoded(picture(40, 30, "CMYK"), "JPEG", quality=95),
+        "gray JPEG": encoded(picture(40, 30, "L"), "JPEG"),
+        "16 bits": encoded(picture(40, 30, "I;16")),
+        "transparent palette": encoded(palette, transparency=3),
+        "gray and alpha": encoded(picture(40, 30, "LA")),
+        "RGBA": encoded(picture(40, 30, "RGBA")),
+        "RGB with a transparent colour": encoded(picture(40, 30), transparency=picture(40, 30).getpixel((0, 0))),
+        "GIF": encoded(palette, "GIF", transparency=5),
+        "WebP": encoded(picture(40, 30, "RGBA"), "WEBP", lossless=True),
+    }
+
+
+@pytest.mark.parametrize("name", encodings())
+def test_every_kind_of_image_becomes_the_processors_rgb(name):
+    data = encodings()[name]
+    if not COMPOSITES and ("A" in (bands := Image.open(io.BytesIO(data))).getbands() or "transparency" in bands.info):
+        pytest.skip("this transformers drops transparency")
+    preprocessing = PREPROCESSINGS["square"]
+    expected = processed(preprocessing.image_processor(), data).float()
+    torch.testing.assert_close(ours(data, preprocessing), expected, rtol=0, atol=1e-6)
+
+
+def test_gray_becomes_three_equal_channels():
+    image = picture(6, 5, "L")
+    pixels = np.asarray(open_image({"bytes": encoded(image), "path": None}))
+    assert np.array_equal(pixels, np.repeat(np.asarray(image)[..., None], 3, axis=2))
+
+
+def test_transparent_parts_become_white():
+    levels = np.zeros((1, 3, 4), dtype=np.uint8)  # black, at three opacities
+    levels[0, :, 3] = (0, 102, 255)
+    pixels = np.asarray(open_image({"bytes": encoded(Image.fromarray(levels)), "path": None}))
+    assert pixels[0].tolist() == [[255] * 3, [153] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize("orientation, turned", [(3, 2), (6, -1), (8, 1)])
+def test_orientation_of_the_camera_is_applied(orientation, turned):
+    """As `datasets` and transformers' pipelines open the same file."""
+    image, exif = picture(6, 4), Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.asarray(open_image({"bytes": encoded(image, exif=exif), "path": None}))
+    assert np.array_equal(pixels, np.rot90(np.asarray(image), turned))
+
+
+def test_file_by_path_equals_file_by_bytes(tmp_path):
+    data = encoded(picture(8, 9))
+    (tmp_path / "a.png").write_bytes(data)
+    by_path = open_image({"bytes": None, "path": str(tmp_path / "a.png")})
+    assert np.array_equal(np.asarray(by_path), np.asarray(open_image({"bytes": data, "path": "elsewhere"})))
+
+
+def test_box_of_the_whole_image_is_the_plain_resize():
+    image, preprocessing = picture(50, 40), PREPROCESSINGS["square"]
+    whole = crop_to_pixels(image, (0.0, 0.0, 40.0, 50.0), preprocessing)
+    assert np.array_equal(whole, to_pixels(image, preprocessing))
+    cut = crop_to_pixels(image, (4.0, 6.0, 32.0, 32.0), preprocessing)
+    assert np.array_equal(cut, np.asarray(image)[4:36, 6:38])  # the size of the output: nothing to resize
+
+
+# --- what is not an image ---
+
+NOT_IMAGES = {
+    "text": b"this is no image",
+    "empty": b"",
+    "truncated PNG": encoded(picture(40, 30))[:600],
+    "truncated JPEG": encoded(picture(40, 30), "JPEG")[:500],
+    "PNG header alone": encoded(picture(40, 30))[:20],
+    "PNG with a changed byte": bytes(255 - b if i == 60 else b for i, b in enumerate(encoded(picture(40, 30)))),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IMAGES)
+def test_bytes_that_do_not_decode_raise_a_decode_error(name):
+    with pytest.raises(DECODE_ERRORS):
+        open_image({"bytes": NOT_IMAGES[name], "path": "x.png"})
+
+
+@pytest.mark.parametrize("value", [{"bytes": None, "path": None}, {"bytes": None, "path": "/nowhere/x.png"}])
+def test_rows_without_a_file_raise_a_decode_error(value):
+    with pytest.raises(DECODE_ERRORS):
+        open_image(value)
+
+
+# --- reading processors ---
+
+
+@pytest.mark.parametrize("name", PREPROCESSINGS)
+def test_exported_processor_reads_back_as_it_was(tmp_path, name):
+    PREPROCESSINGS[name].image_processor().save_pretrained(tmp_path)
+    config = processor_config(str(tmp_path))
+    assert Preprocessing.from_config(config, (99, 99)) == PREPROCESSINGS[name]
+    assert processor_normalisation(str(tmp_path)) == (
+        list(PREPROCESSINGS[name].image_mean), list(PREPROCESSINGS[name].image_std)
+    )  # fmt: skip
+
+
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": True, "do_resize": True}
+CROP = {"do_center_crop": True, "resample": 3}
+OTHERS = {
+    "ViT, size a number": (ViTImageProcessorPil, {**HALF, "resample": 2, "size": 224}),
+    "ViT, size two numbers": (ViTImageProcessorPil, {**HALF, "size": {"height": 224, "width": 192}}),
+    "not normalised": (ViTImageProcessorPil, {"do_normalize": False, "size": 224, "resample": 2}),
+    "DeiT, numbers": (DeiTImageProcessorPil, {**HALF, **CROP, "size": 256, "crop_size": 224}),
+    "DeiT, two numbers": (
+        DeiTImageProcessorPil,
+        {**HALF, **CROP, "size": {"height": 256, "width": 248}, "crop_size": {"height": 224, "width": 200}},
+    ),
+    "shorter side": (ViTImageProcessorPil, {**HALF, **CROP, "size": {"shortest_edge": 256}, "crop_size": 224}),
+    "ConvNext": (
+        ConvNextImageProcessorPil,
+        {**HALF, "resample": 3, "crop_pct": 0.875, "size": {"shortest_edge": 224}},
+    ),
+    "ResNet": (ConvNextImageProcessorPil, {**HALF, "resample": 3, "crop_pct": 0.95, "size": {"shortest_edge": 288}}),
+    "ConvNext 384": (
+        ConvNextImageProcessorPil,
+        {**HALF, "resample": 3, "crop_pct": 0.875, "size": {"shortest_edge": 384}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("size", [(300, 260), (211, 340)])
+def test_older_and_other_processors_are_read_as_transformers_reads_them(name, size):
+    processor_class, config = OTHERS[name]
+    data = encoded(picture(*size))
+    preprocessing = Preprocessing.from_config(config, (224, 224))
+    expected = processed(processor_class.from_dict(config), data).float()
+    torch.testing.assert_close(ours(data, preprocessing), expected, rtol=0, atol=1e-5)
+    # and what a run that goes on from such a model exports is the same again
+    torch.testing.assert_close(processed(preprocessing.image_processor(), data).float(), expected, rtol=0, atol=1e-5)
+
+
+def test_config_without_a_size_takes_the_models():
+    assert Preprocessing.from_config({}, (48, 64)) == Preprocessing((48, 64))
+
+
+@pytest.mark.parametrize("config", [{"do_resize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
+def test_other_steps_are_refused(config):
+    with pytest.raises(ValueError, match="not supported"):
+        Preprocessing.from_config({"size": 32, **config}, (32, 32))
+
+
+def test_folder_without_a_processor_says_half(tmp_path):
+    assert processor_config(str(tmp_path)) == {}
+    assert processor_normalisation(str(tmp_path)) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_exported_processor_names_a_class_of_transformers(tmp_path):
+    """One that AutoImageProcessor finds with and without torchvision."""
+    Preprocessing((32, 32)).image_processor().save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "ViTImageProcessor"
+    )

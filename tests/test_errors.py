@@ -1,0 +1,149 @@
+"""Bad input: one line that names the value seen, the values allowed and the flag; the contract's exit status; no
+traceback."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.runs import DEMO_DEFAULTS, in_process
+from vit_hf.arguments import exit_with
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """fails(status, pattern, script, **flags): a flag given as None is left out."""
+
+    def check(status, pattern, script="pretrain", **flags):
+        flags = {"output_dir": tmp_path / "run", **DEMO_DEFAULTS, **flags}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            exit_with(lambda: in_process(script, **flags))
+        said = capsys.readouterr().err
+        errors = [line for line in said.splitlines() if "error" in line.lower()]
+        assert stopped.value.code == status, said
+        assert len(errors) == 1 and errors[0].startswith("error: "), said
+        assert re.search(pattern, errors[0]), errors[0]
+        assert "Traceback" not in said
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("pattern", "flags"),
+    [
+        (r"unknown flag --learning_rat, did you mean 'learning_rate'", dict(learning_rat=1)),
+        (r"--learning_rate: 'fast' is not a number", dict(learning_rate="fast")),
+        (r"--learning_rate: -1.0 is out of range, allowed is 0 or more", dict(learning_rate=-1)),
+        (r"--random_flip: 1.5 is out of range, allowed is from 0 to 1", dict(random_flip=1.5)),
+        (r"--random_flip: nan is out of range", dict(random_flip="nan")),
+        (r"--max_steps: '2.5' is not a whole number", dict(max_steps="2.5")),
+        (r"--optim: 'adam' is not one of adamw_torch, sgd", dict(optim="adam")),
+        (r"--random_crop: 'padding=0' is not none, padding=PIXELS", dict(random_crop="padding=0")),
+        (r"--random_crop: 'scale=2' is not", dict(random_crop="scale=2")),
+        (r"--report_to: 'mlflow' is not one of tensorboard, wandb, trackio", dict(report_to="mlflow")),
+        (r"one of --num_train_epochs and --max_steps: both", dict(num_train_epochs=1)),
+        (r"one of --num_train_epochs and --max_steps: neither", dict(max_steps=None)),
+        (r"one of --preset .* and --model_name_or_path .*neither", dict(preset=None)),
+        (r"--dataset_name is missing", dict(dataset_name=None)),
+        (r"only one of --subset_fraction and --subset_per_class", dict(subset_fraction=0.5, subset_per_class=2)),
+        (r"--preset vit-base: no such preset; did you mean vit-base-patch16-224", dict(preset="vit-base")),
+        (r"'pool' is no field of ViTConfig, nearest: pool", dict(config_overrides="pool=mean")),
+        (r"--config_overrides: 'depth' is not NAME=VALUE", dict(config_overrides="depth")),
+        (r"'hidden_size' expected int, got str", dict(config_overrides="hidden_size=abc")),
+        (r"pooling: 'max' is not one of cls, mean", dict(config_overrides="pooling=max")),
+        (r"image_size 30 is not divisible by patch_size 8", dict(image_size=30)),
+        (r"--per_device_train_batch_size: 12 does not divide .* take one of 1, 2, 4", dict(per_device_train_batch_size=12)),
+        (r"--warmup_steps: 9 is longer than the run of 6 steps", dict(warmup_steps=9)),
+        (r"--image_std: '0' is not", dict(image_std="0")),
+    ],
+)  # fmt: skip
+def test_wrong_flags_exit_with_2(fails, pattern, flags):
+    fails(2, pattern, **flags)
+
+
+def test_wrong_yaml_exits_with_2(fails, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("weight_decy: 0.1\n")
+    fails(2, r"recipe.yaml: unknown key 'weight_decy', did you mean 'weight_decay'", config=recipe)
+    recipe.write_text("a: [1\n")
+    fails(2, r"recipe.yaml is not YAML", config=recipe)
+    recipe.write_text("learning_rate: true\n")
+    fails(2, r"--learning_rate: True is not a number", config=recipe, learning_rate=None)
+    fails(2, r"--config: .*nowhere.yaml cannot be read", config=tmp_path / "nowhere.yaml")
+
+
+def test_a_flag_wins_over_the_file_and_over_the_files_alternative(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"num_train_epochs": 3, "warmup_ratio": 0.1, "model_name_or_path": "x", "seed": "7"}))
+    from vit_hf.arguments import RunArguments, parse
+
+    args = parse(RunArguments, ["--config", str(recipe), "--max_steps", "5", "--preset", "p", "--learning_rate", "1e-4"], prog="p")
+    assert (args.max_steps, args.num_train_epochs, args.warmup_ratio, args.seed) == (5, None, 0.1, 7)
+    assert (args.preset, args.model_name_or_path, args.learning_rate) == ("p", None, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "flags"),
+    [
+        (r"dataset_name.*digitz.*digits", dict(dataset_name="digitz")),
+        (r"--image_column_name.*pixels.*image", dict(image_column_name="pixels")),
+        (r"--eval_split.*dev.*test", dict(eval_split="dev")),
+        (r"--subset_classes.*eleven", dict(subset_classes="3,eleven")),
+        (r"--subset_per_class", dict(subset_per_class=5000)),
+        (r"--resume_from_checkpoint: .*nowhere cannot be used", dict(resume_from_checkpoint="/nowhere")),
+        (r"model /nowhere cannot be loaded: no such folder", dict(preset=None, config_overrides=None, model_name_or_path="/nowhere")),
+    ],
+)  # fmt: skip
+def test_what_only_the_data_or_the_disk_can_tell_exits_with_1(fails, pattern, flags):
+    fails(1, pattern, **flags)
+
+
+@pytest.fixture
+def folder_with_a_bad_image(tmp_path):
+    """An imagefolder of two classes with one file that does not decode."""
+    for split, number in (("train", 8), ("test", 3)):
+        for name, grey in (("dark", 30), ("light", 220)):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for index in range(number):
+                Image.new("L", (12, 10), grey + index).save(tmp_path / "set" / split / name / f"{index}.png")
+    (tmp_path / "set/train/dark/3.png").write_bytes(b"no image")
+    return tmp_path / "set"
+
+
+def test_an_image_that_does_not_decode(fails, folder_with_a_bad_image, tmp_path):
+    flags = dict(dataset_name=folder_with_a_bad_image, global_batch_size=8, max_eval_samples=None, max_steps=4)
+    fails(1, r"image in row 3 does not decode: file .*dark/3.png.*--on_bad_image skip", **flags)
+    in_process("pretrain", **{**DEMO_DEFAULTS, **{k: v for k, v in flags.items() if v}, "max_eval_samples": 99},
+               output_dir=tmp_path / "run", on_bad_image="skip")  # fmt: skip
+    assert json.loads((tmp_path / "run/all_results.json").read_text())["bad_images"] == 1
+
+
+def test_a_tracker_that_is_not_installed(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fails(1, r"--report_to wandb: the package is not installed; pip install 'vit_hf\[wandb\]'", report_to="wandb")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(fails, tmp_path):
+    fails(1, r"the loss is (nan|inf) between steps", learning_rate=1e30, max_grad_norm=0, warmup_steps=0)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_foreign_model_type_is_named(fails, tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
+    ResNetForImageClassification(small).save_pretrained(tmp_path / "resnet")
+    fails(1, r"model .*: its model_type is resnet; vit and vit_hf can be trained", preset=None, config_overrides=None, model_name_or_path=tmp_path / "resnet")
+
+
+def test_finetune_without_flags_names_the_command_that_makes_its_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        exit_with(lambda: in_process("finetune"))
+    assert stopped.value.code == 1 and "python run_pretrain.py" in capsys.readouterr().err
