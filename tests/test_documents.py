@@ -1,0 +1,89 @@
+"""Every recipe, every launcher config and every documented command parses, and names things that exist."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from tests.runs import ROOT
+from vit_hf.arguments import EvaluateArguments, RunArguments, check, parse
+from vit_hf.models.presets import parse_overrides, preset_config
+
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def commands():
+    """(page, words) of every shell command in the pages and in the recipes' headers."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("#"):
+                    yield pytest.param(shlex.split(line, comments=True), id=f"{page.name}: {line[:60]}")
+    for recipe in RECIPES:
+        (command,) = re.findall(r"^#   command   (.*(?:\n#             --.*)*)", recipe.read_text(), re.M)
+        yield pytest.param(shlex.split(command.replace("\n#", " ")), id=f"{recipe.name}: command")
+
+
+def check_run(words):
+    args = parse(RunArguments, words, prog="run")
+    if "--model_name_or_path" not in words and args.preset is None:
+        args.model_name_or_path = "given by a flag"
+    check(args)
+    changes = parse_overrides(args.config_overrides)
+    if args.preset is not None:
+        preset_config(args.preset, **changes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_parses_and_says_where_it_comes_from(recipe):
+    check_run(["--config", str(recipe)])
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    told = {line.split()[1] for line in header if len(line.split()) > 1}
+    assert {"cost", "command"} <= told
+    assert "demo" in recipe.parts or {"source", "expected", "measured"} <= told
+    forbidden = {"mixed_precision", "num_processes"}  # the launcher's business
+    assert not forbidden & yaml.safe_load(recipe.read_text()).keys()
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_launcher_config_names_files_that_exist_and_no_hyper_parameter(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    load_config_from_file(str(config))
+    content = yaml.safe_load(config.read_text())
+    nested = content.get("deepspeed_config", {})
+    if nested:
+        assert (ROOT / nested["deepspeed_config_file"]).exists()
+    assert not {"gradient_clipping", "gradient_accumulation_steps", "learning_rate"} & {*content, *nested}
+
+
+@pytest.mark.parametrize("words", commands())
+def test_documented_command(words):
+    while "=" in words[0] and not words[0].startswith("-"):  # VARIABLE=value command
+        words = words[1:]
+    for path in [word for word in words if re.match(r"(accelerate_configs|recipes|ds_configs)/", word)]:
+        assert (ROOT / path).exists(), path
+    scripts = [place for place, word in enumerate(words) if word in ("run_pretrain.py", "run_finetune.py")]
+    if scripts:
+        if words[scripts[0] + 1 :]:
+            check_run(words[scripts[0] + 1 :])
+        assert words[0] in ("accelerate", "python"), words
+    elif "evaluate" in words:
+        parse(EvaluateArguments, words[words.index("evaluate") + 1 :], prog="evaluate", positional="model")
+    elif words[0] == "make":
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:])
+    elif words[:2] == ["vit-hf", "report"]:
+        assert len(words) > 2
+    else:
+        assert words[0] in ("git", "cd", "pip", "python3", "source", "hf", "tensorboard", "kill", "."), words
+
+
+def test_flags_in_the_docs_exist():
+    known = {f"--{name}" for cls in (RunArguments, EvaluateArguments) for name in cls.__dataclass_fields__} | {"--config"}
+    launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
+                "--main_process_port", "--mixed_precision", "--index-url", "--help", "--logdir", "--include", "--quiet"}  # fmt: skip
+    for page in PAGES:
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
+            assert flag in known | launcher, f"{page.name}: {flag}"
