@@ -59,7 +59,7 @@ def test_launcher_config_names_files_that_exist_and_no_hyper_parameter(config):
     assert not {"gradient_clipping", "gradient_accumulation_steps", "learning_rate"} & {*content, *nested}
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_documented_command(words):
     while "=" in words[0] and not words[0].startswith("-"):  # VARIABLE=value command
         words = words[1:]

@@ -1,0 +1,93 @@
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT
+from vit_hf.arguments import (
+    ArgumentError,
+    RunArguments,
+    check,
+    identity_hash,
+    parse,
+    parse_channels,
+    parse_random_crop,
+    read_config,
+    write_run_config,
+)
+
+
+def test_no_words_at_all_run_the_demo_recipe_and_say_so(capsys):
+    demo = ROOT / "recipes/demo/pretrain_glyphs.yaml"
+    args = parse(RunArguments, [], prog="run_pretrain.py", default_config=demo)
+    assert args.dataset_name == "glyphs" and args.output_dir == "runs/demo/pretrain_glyphs"
+    assert f"running the demo recipe: --config {demo}" in capsys.readouterr().err
+    assert parse(RunArguments, ["--seed", "1"], prog="run_pretrain.py", default_config=demo).dataset_name is None
+
+
+def test_types_of_flags_and_yaml(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rate: 1e-3\nmax_steps: 2e3\npush_to_hub: yes\nimage_mean: [0.1, 0.2, 0.3]\nimage_size:\n"
+                      "config_overrides: {pooling: mean, drop_path_rate: 0.1}\nresolved: {anything: 1}\n")  # fmt: skip
+    values = read_config(recipe, RunArguments)
+    assert values["learning_rate"] == 1e-3 and values["max_steps"] == 2000 and values["push_to_hub"] is True
+    assert values["image_mean"] == "0.1,0.2,0.3" and values["image_size"] is None
+    assert values["config_overrides"] == "pooling=mean,drop_path_rate=0.1" and "resolved" not in values
+    args = parse(RunArguments, ["--gradient_checkpointing", "--torch_compile", "false", "--max_steps", "none"], prog="p")
+    assert args.gradient_checkpointing is True and args.torch_compile is False and args.max_steps is None
+
+
+def test_run_config_reads_back_as_it_was_written(tmp_path):
+    args = parse(RunArguments, ["--learning_rate", "3e-5", "--subset_classes", "cat,ship", "--max_steps", "7"], prog="p")
+    write_run_config(args, {"total_steps": 7}, tmp_path / "run_config.yaml")
+    again = parse(RunArguments, ["--config", str(tmp_path / "run_config.yaml")], prog="p")
+    assert again == args and identity_hash(again) == identity_hash(args)
+
+
+def test_identity_is_model_data_optimisation_and_seed():
+    base = RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1)
+
+    def changed(**values):
+        return identity_hash(RunArguments(**{**vars(base), **values})) != identity_hash(base)
+
+    assert changed(seed=1) and changed(learning_rate=1.0) and changed(dataset_name="x") and changed(global_batch_size=2)
+    assert not changed(output_dir="x") and not changed(per_device_train_batch_size=2) and not changed(logging_steps=3)
+    assert not changed(push_to_hub=True) and not changed(dataloader_num_workers=3) and not changed(resume_from_checkpoint="none")
+
+
+@pytest.mark.parametrize(("text", "parsed"), [("none", ("none", 0)), ("padding=4", ("padding", 4)), ("scale=0.08", ("scale", 0.08))])
+def test_random_crop(text, parsed):
+    assert parse_random_crop(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""])
+def test_random_crop_refuses(text):
+    with pytest.raises(ArgumentError, match="--random_crop"):
+        parse_random_crop(text)
+
+
+def test_channels():
+    assert parse_channels("image_mean", "0.5") == [0.5] * 3 and parse_channels("image_mean", None) is None
+    for text in ("0.1,0.2", "a", ""):
+        with pytest.raises(ArgumentError, match="--image_mean"):
+            parse_channels("image_mean", text)
+
+
+def test_positional_words_and_flags_without_a_value_are_refused():
+    for words, said in ((["runs/x"], "unexpected word 'runs/x'"), (["--seed"], "--seed"), (["--seed", "--preset", "a"], "--seed")):
+        with pytest.raises(ArgumentError, match=said):
+            parse(RunArguments, words, prog="p")
+
+
+def test_ema_decay_of_one_is_refused():
+    with pytest.raises(ArgumentError, match="--ema_decay"):
+        check(RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1, ema_decay=1.0))
+
+
+def test_help_is_complete_and_wrong_flags_exit_with_2():
+    shown = subprocess.run([sys.executable, "run_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    for name in RunArguments.__dataclass_fields__:
+        assert f"--{name}" in shown.stdout
+    wrong = subprocess.run([sys.executable, "run_finetune.py", "--sed", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr == "error: unknown flag --sed, did you mean 'seed'?\n"
