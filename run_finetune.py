@@ -12,7 +12,7 @@ it runs the demo recipe on what run_pretrain.py's demo wrote.
 import sys
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, UserError, check, exit_with, parse
+from vit_hf.arguments import RunArguments, UserError, check, exit_with, parse, parse_image_size
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/finetune_digits.yaml"
 DEMO_MODEL = Path("runs/demo/pretrain_glyphs")
@@ -25,7 +25,7 @@ def build_model(args: RunArguments, class_names: list[str]):
 
     changes = parse_overrides(args.config_overrides)
     if args.image_size is not None:
-        changes["image_size"] = args.image_size
+        changes["image_size"] = parse_image_size(args.image_size)
     if args.preset is not None:
         return from_preset(args.preset, class_names, changes), ([0.5] * 3, [0.5] * 3)
     model = load_pretrained(args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code)

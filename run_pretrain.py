@@ -10,7 +10,7 @@ demo recipe. Where it runs (devices, precision, ZeRO) is the business of `accele
 
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, check, exit_with, parse
+from vit_hf.arguments import RunArguments, check, exit_with, parse, parse_image_size
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
 
@@ -22,7 +22,7 @@ def build_model(args: RunArguments, class_names: list[str]):
 
     changes = parse_overrides(args.config_overrides)
     if args.image_size is not None:
-        changes["image_size"] = args.image_size
+        changes["image_size"] = parse_image_size(args.image_size)
     if args.preset is not None:
         return from_preset(args.preset, class_names, changes), ([0.5] * 3, [0.5] * 3)
     model = load_pretrained(args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code)

@@ -11,6 +11,7 @@ from vit_hf.arguments import (
     identity_hash,
     parse,
     parse_channels,
+    parse_image_size,
     parse_random_crop,
     read_config,
     write_run_config,
@@ -33,12 +34,16 @@ def test_types_of_flags_and_yaml(tmp_path):
     assert values["learning_rate"] == 1e-3 and values["max_steps"] == 2000 and values["push_to_hub"] is True
     assert values["image_mean"] == "0.1,0.2,0.3" and values["image_size"] is None
     assert values["config_overrides"] == "pooling=mean,drop_path_rate=0.1" and "resolved" not in values
-    args = parse(RunArguments, ["--gradient_checkpointing", "--torch_compile", "false", "--max_steps", "none"], prog="p")
+    args = parse(
+        RunArguments, ["--gradient_checkpointing", "--torch_compile", "false", "--max_steps", "none"], prog="p"
+    )
     assert args.gradient_checkpointing is True and args.torch_compile is False and args.max_steps is None
 
 
 def test_run_config_reads_back_as_it_was_written(tmp_path):
-    args = parse(RunArguments, ["--learning_rate", "3e-5", "--subset_classes", "cat,ship", "--max_steps", "7"], prog="p")
+    args = parse(
+        RunArguments, ["--learning_rate", "3e-5", "--subset_classes", "cat,ship", "--max_steps", "7"], prog="p"
+    )
     write_run_config(args, {"total_steps": 7}, tmp_path / "run_config.yaml")
     again = parse(RunArguments, ["--config", str(tmp_path / "run_config.yaml")], prog="p")
     assert again == args and identity_hash(again) == identity_hash(args)
@@ -50,20 +55,37 @@ def test_identity_is_model_data_optimisation_and_seed():
     def changed(**values):
         return identity_hash(RunArguments(**{**vars(base), **values})) != identity_hash(base)
 
-    assert changed(seed=1) and changed(learning_rate=1.0) and changed(dataset_name="x") and changed(global_batch_size=2)
+    assert (
+        changed(seed=1) and changed(learning_rate=1.0) and changed(dataset_name="x") and changed(global_batch_size=2)
+    )
     assert not changed(output_dir="x") and not changed(per_device_train_batch_size=2) and not changed(logging_steps=3)
-    assert not changed(push_to_hub=True) and not changed(dataloader_num_workers=3) and not changed(resume_from_checkpoint="none")
+    assert (
+        not changed(push_to_hub=True)
+        and not changed(dataloader_num_workers=3)
+        and not changed(resume_from_checkpoint="none")
+    )
 
 
-@pytest.mark.parametrize(("text", "parsed"), [("none", ("none", 0)), ("padding=4", ("padding", 4)), ("scale=0.08", ("scale", 0.08))])
+@pytest.mark.parametrize(
+    ("text", "parsed"), [("none", ("none", 0)), ("padding=4", ("padding", 4)), ("scale=0.08", ("scale", 0.08))]
+)
 def test_random_crop(text, parsed):
     assert parse_random_crop(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""])
+@pytest.mark.parametrize(
+    "text", ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""]
+)
 def test_random_crop_refuses(text):
     with pytest.raises(ArgumentError, match="--random_crop"):
         parse_random_crop(text)
+
+
+def test_image_size():
+    assert parse_image_size("224") == 224 and parse_image_size("32x48") == [32, 48] and parse_image_size(None) is None
+    for text in ("0", "big", "32x", "1x2x3", "-4", "3.5"):
+        with pytest.raises(ArgumentError, match="--image_size"):
+            parse_image_size(text)
 
 
 def test_channels():
@@ -74,7 +96,11 @@ def test_channels():
 
 
 def test_positional_words_and_flags_without_a_value_are_refused():
-    for words, said in ((["runs/x"], "unexpected word 'runs/x'"), (["--seed"], "--seed"), (["--seed", "--preset", "a"], "--seed")):
+    for words, said in (
+        (["runs/x"], "unexpected word 'runs/x'"),
+        (["--seed"], "--seed"),
+        (["--seed", "--preset", "a"], "--seed"),
+    ):
         with pytest.raises(ArgumentError, match=said):
             parse(RunArguments, words, prog="p")
 

@@ -83,6 +83,9 @@ def test_keys_are_the_documented_hash():
             state = finalise((state + number * golden) & mask)
         key = int(sample_keys(seed, np.array([epoch]), np.array([index]))[0])
         assert key & mask == state
+    keys = [int(key) & mask for key in keys_of(50, seed=3, epoch=2)]
+    signed = [(finalise(key) + 2**63) % 2**64 for key in keys]  # as int64 sorts them
+    assert epoch_order(3, 2, 50).tolist() == sorted(range(50), key=signed.__getitem__)
 
 
 @pytest.mark.parametrize("use", USES)

@@ -15,7 +15,18 @@ def trained(tmp_path_factory):
 
 
 def test_evaluate_repeats_the_runs_own_evaluation(trained, capsys):
-    dispatch(["evaluate", str(trained), "--dataset_name", "digits", "--max_eval_samples", "101", "--per_device_eval_batch_size", "7"])
+    dispatch(
+        [
+            "evaluate",
+            str(trained),
+            "--dataset_name",
+            "digits",
+            "--max_eval_samples",
+            "101",
+            "--per_device_eval_batch_size",
+            "7",
+        ]
+    )
     results = json.loads((trained / "eval_results.json").read_text())
     own = json.loads((trained / "all_results.json").read_text())
     assert results["eval_accuracy"] == own["eval_accuracy"] and results["eval_samples"] == own["eval_samples"] == 101
@@ -58,7 +69,9 @@ def test_tensorboard_gets_the_numbers(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run("pretrain", max_steps=3, report_to="tensorboard")
-    events = min(folder.rglob("events.out.tfevents*"), key=lambda path: len(path.parts))  # the deeper one holds the flags
+    events = min(
+        folder.rglob("events.out.tfevents*"), key=lambda path: len(path.parts)
+    )  # the deeper one holds the flags
     log = EventAccumulator(str(events.parent)).Reload()
     assert [event.step for event in log.Scalars("loss")] == [1, 2, 3]
 

@@ -81,7 +81,9 @@ def test_documented_command(words):
 
 
 def test_flags_in_the_docs_exist():
-    known = {f"--{name}" for cls in (RunArguments, EvaluateArguments) for name in cls.__dataclass_fields__} | {"--config"}
+    known = {f"--{name}" for cls in (RunArguments, EvaluateArguments) for name in cls.__dataclass_fields__} | {
+        "--config"
+    }
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
                 "--main_process_port", "--mixed_precision", "--index-url", "--help", "--logdir", "--include", "--quiet"}  # fmt: skip
     for page in PAGES:

@@ -79,10 +79,16 @@ def test_wrong_yaml_exits_with_2(fails, tmp_path):
 
 def test_a_flag_wins_over_the_file_and_over_the_files_alternative(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"num_train_epochs": 3, "warmup_ratio": 0.1, "model_name_or_path": "x", "seed": "7"}))
+    recipe.write_text(
+        yaml.safe_dump({"num_train_epochs": 3, "warmup_ratio": 0.1, "model_name_or_path": "x", "seed": "7"})
+    )
     from vit_hf.arguments import RunArguments, parse
 
-    args = parse(RunArguments, ["--config", str(recipe), "--max_steps", "5", "--preset", "p", "--learning_rate", "1e-4"], prog="p")
+    args = parse(
+        RunArguments,
+        ["--config", str(recipe), "--max_steps", "5", "--preset", "p", "--learning_rate", "1e-4"],
+        prog="p",
+    )
     assert (args.max_steps, args.num_train_epochs, args.warmup_ratio, args.seed) == (5, None, 0.1, 7)
     assert (args.preset, args.model_name_or_path, args.learning_rate) == ("p", None, 1e-4)
 
@@ -139,7 +145,13 @@ def test_a_foreign_model_type_is_named(fails, tmp_path):
 
     small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
     ResNetForImageClassification(small).save_pretrained(tmp_path / "resnet")
-    fails(1, r"model .*: its model_type is resnet; vit and vit_hf can be trained", preset=None, config_overrides=None, model_name_or_path=tmp_path / "resnet")
+    fails(
+        1,
+        r"model .*: its model_type is resnet; vit and vit_hf can be trained",
+        preset=None,
+        config_overrides=None,
+        model_name_or_path=tmp_path / "resnet",
+    )
 
 
 def test_finetune_without_flags_names_the_command_that_makes_its_model(tmp_path, monkeypatch, capsys):

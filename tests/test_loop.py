@@ -74,7 +74,11 @@ def test_evaluation_and_checkpoint_come_once_an_epoch_and_at_the_end(tmp_path):
     _, _, parts = make(tmp_path, steps=7, eval_steps=None, save_steps=None)
     train(**parts)
     assert [line["step"] for line in lines(tmp_path, "eval_norm")] == [3, 6, 7]
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "checkpoint-7",
+    ]
 
 
 def test_a_loss_that_is_not_finite_names_the_steps(tmp_path):
@@ -97,5 +101,7 @@ def test_out_of_memory_is_one_line(tmp_path):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    with pytest.raises(UserError, match="out of device memory with 8 images at once; lower --per_device_train_batch_size"):
+    with pytest.raises(
+        UserError, match="out of device memory with 8 images at once; lower --per_device_train_batch_size"
+    ):
         train(**{**parts, "objective": full})

@@ -99,7 +99,7 @@ class DataArguments(DatasetArguments):
     subset_per_class: int | None = flag(None, "keep exactly so many training images of each class", low=1)
     subset_classes: str | None = flag(None, "keep these classes: names or indices by comma, or a file, one a line")
     subset_seed: int = flag(0, "which images the subset filter keeps", low=0)
-    image_size: int | None = flag(None, "side of the square input in pixels (default: the model's)", low=1)
+    image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
     image_mean: str | None = flag(
         None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"
     )
@@ -347,6 +347,7 @@ def check(args: RunArguments) -> None:
     if args.ema_decay == 1:
         raise ArgumentError("--ema_decay: 1.0 would never move the average, allowed is 0 (off) to below 1")
     parse_random_crop(args.random_crop)
+    parse_image_size(args.image_size)
     for name in ("image_mean", "image_std"):
         parse_channels(name, getattr(args, name))
     trackers(args.report_to)
@@ -371,6 +372,20 @@ def parse_random_crop(text: str) -> tuple[str, float]:
     raise ArgumentError(
         f"--random_crop: {text!r} is not none, padding=PIXELS (1 or more) or scale=SHARE (above 0, to 1)"
     )
+
+
+def parse_image_size(text: str | None) -> int | list[int] | None:
+    """`224` -> 224; `224x160` -> [224, 160], height and width.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if text is None:
+        return None
+    sides = text.split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ArgumentError(f"--image_size: {text!r} is not SIDE or HEIGHTxWIDTH in pixels")
+    return [int(side) for side in sides] if len(sides) == 2 else int(sides[0])
 
 
 def parse_channels(name: str, text: str | None) -> list[float] | None:

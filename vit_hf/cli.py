@@ -35,9 +35,7 @@ def dispatch(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Evaluates a model on a split of a dataset; writes eval_results.json."""
-    args = parse(
-        EvaluateArguments, argv, prog="vit-hf evaluate", description=evaluate.__doc__, positional="model"
-    )
+    args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=evaluate.__doc__, positional="model")
     if args.dataset_name is None:
         raise ArgumentError("--dataset_name is missing")
     from vit_hf.data.decode import Preprocessing, processor_config

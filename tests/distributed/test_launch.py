@@ -50,7 +50,9 @@ def test_two_processes_take_the_course_of_one(config, stage, single, tmp_path):
     """Loss and gradient norm of every step, the ragged evaluation (101 images), and the exported fp32 weights."""
     folder = tmp_path / "run"
     flags = {**RUN, "per_device_train_batch_size": 8 if config == "zero2" else 16}  # zero2: with accumulation
-    results = finished(launch("pretrain", config, launcher=(*TWO, *FP32), output_dir=folder, **flags), folder, 2, stage)
+    results = finished(
+        launch("pretrain", config, launcher=(*TWO, *FP32), output_dir=folder, **flags), folder, 2, stage
+    )
     close(trajectory(folder), trajectory(single), 1e-4)
     expected = json.loads((single / "all_results.json").read_text())
     assert results["eval_samples"] == 101 == expected["eval_samples"]
@@ -126,7 +128,9 @@ def test_sgd_finetuning_with_ema_under_ddp(tmp_path, single):
     exported = load_file(tmp_path / "run/model.safetensors")
     assert torch.equal(exported["classifier.weight"], saved["classifier.weight"])
     assert not torch.equal(weights["classifier.weight"], saved["classifier.weight"])
-    evaluated = python("-m", "vit_hf.cli", "evaluate", tmp_path / "run", "--dataset_name", "digits", "--max_eval_samples", 101)
+    evaluated = python(
+        "-m", "vit_hf.cli", "evaluate", tmp_path / "run", "--dataset_name", "digits", "--max_eval_samples", 101
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     again = json.loads((tmp_path / "run/eval_results.json").read_text())
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
@@ -134,7 +138,16 @@ def test_sgd_finetuning_with_ema_under_ddp(tmp_path, single):
 
 def test_evaluate_counts_each_sample_once_on_two_processes(single, tmp_path):
     """A ragged split (450 images in batches of 64 on two processes) gives what one process gives."""
-    command = ["-m", "vit_hf.cli", "evaluate", str(single), "--dataset_name", "digits", "--per_device_eval_batch_size", "64"]
+    command = [
+        "-m",
+        "vit_hf.cli",
+        "evaluate",
+        str(single),
+        "--dataset_name",
+        "digits",
+        "--per_device_eval_batch_size",
+        "64",
+    ]
     alone = python(*command, "--output_dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     two = launch(["-m", *command[1:], "--output_dir", tmp_path / "two"], "cpu_2proc")

@@ -57,9 +57,17 @@ def test_the_finished_folder_is_pushed_and_loads_by_id(hub, tmp_path):
         "--output_dir", tmp_path / "eval", env=hub.env(token=TOKEN, home=tmp_path / "home"),
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
-    before, after = (json.loads(path.read_text()) for path in (folder / "all_results.json", tmp_path / "eval/eval_results.json"))
+    before, after = (
+        json.loads(path.read_text()) for path in (folder / "all_results.json", tmp_path / "eval/eval_results.json")
+    )
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
-    flags = {**FAST, "preset": None, "config_overrides": None, "push_to_hub": None, "model_name_or_path": "tester/tiny-vit"}
+    flags = {
+        **FAST,
+        "preset": None,
+        "config_overrides": None,
+        "push_to_hub": None,
+        "model_name_or_path": "tester/tiny-vit",
+    }
     tuned = script(hub, tmp_path, "finetune", output_dir=tmp_path / "tuned", **flags)
     assert tuned.returncode == 0, tuned.stderr
     assert "base_model: tester/tiny-vit" in (tmp_path / "tuned/README.md").read_text()
@@ -72,12 +80,16 @@ def test_a_refused_token_warns_at_the_start_and_ends_with_the_command_to_repeat(
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: --push_to_hub")]
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(warnings) == len(errors) == 1 and "training goes on" in warnings[0]
-    assert f"the model is complete in {folder}" in errors[0] and "401" in errors[0] and "hf upload tiny-vit" in errors[0]
+    assert (
+        f"the model is complete in {folder}" in errors[0] and "401" in errors[0] and "hf upload tiny-vit" in errors[0]
+    )
     assert (folder / "model.safetensors").exists() and (folder / "all_results.json").exists()
     assert "Traceback" not in result.stderr and "hf_wrong" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("mode", "said"), [("forbidden", "403"), ("drop", "RemoteProtocolError|ConnectError|Disconnect")])
+@pytest.mark.parametrize(
+    ("mode", "said"), [("forbidden", "403"), ("drop", "RemoteProtocolError|ConnectError|Disconnect")]
+)
 def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(hub, tmp_path, mode, said):
     hub.fail_commits(mode)
     result = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "tiny-vit", **FAST)
@@ -112,7 +124,13 @@ def test_cifar10_by_its_short_name(hub, tmp_path):
         "README.md": b"---\nconfigs:\n- config_name: plain_text\n  data_files:\n  - split: train\n    path: plain_text/train-*\n"
                      b"  - split: test\n    path: plain_text/test-*\n---\n",
     })  # fmt: skip
-    flags = {**FAST, "push_to_hub": None, "dataset_name": "cifar10", "max_eval_samples": None, "subset_classes": "ship,cat"}
+    flags = {
+        **FAST,
+        "push_to_hub": None,
+        "dataset_name": "cifar10",
+        "max_eval_samples": None,
+        "subset_classes": "ship,cat",
+    }
     result = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "run", **flags)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "run/config.json").read_text())
@@ -130,7 +148,13 @@ def test_imagenet_without_access_says_where_to_ask_and_with_access_crops_the_cen
         "data/validation-00000-of-00001.parquet": parquet("image", list(range(6)), names),
         "data/test-00000-of-00001.parquet": parquet("image", [-1] * 6, names),
     }, gated=True)  # fmt: skip
-    flags = {**FAST, "push_to_hub": None, "dataset_name": "imagenet-1k", "max_eval_samples": None, "subset_fraction": 0.6667}
+    flags = {
+        **FAST,
+        "push_to_hub": None,
+        "dataset_name": "imagenet-1k",
+        "max_eval_samples": None,
+        "subset_fraction": 0.6667,
+    }
     flags["random_crop"] = "scale=0.3"
     refused = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "run", **flags)
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]

@@ -38,7 +38,9 @@ def test_gradient_checkpointing_does_not_change_the_course(run, tmp_path):
 def test_the_log_tells_what_the_contract_says(run):
     folder = run("pretrain", eval_steps=3)
     for line in lines(folder):
-        assert line["images_per_second"] > 0 and 0 <= line["data_wait_fraction"] <= 1 and line["peak_memory_bytes"] > 1e6
+        assert (
+            line["images_per_second"] > 0 and 0 <= line["data_wait_fraction"] <= 1 and line["peak_memory_bytes"] > 1e6
+        )
         assert {"step", "epoch", "loss", "learning_rate", "grad_norm"} <= line.keys()
     assert [line["step"] for line in lines(folder, "eval_accuracy")] == [3, 6]
     assert lines(folder, "eval_accuracy")[-1]["eval_samples"] == 101

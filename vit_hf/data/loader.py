@@ -231,7 +231,8 @@ def device_batches(
     )
     for batch in loader:
         found = batch.pop("bad")
-        if found and batches.on_bad_image == "raise":
+        replaced = not batches.training or bool(batch["valid"].all())  # on the host still: no wait for the device
+        if found and (batches.on_bad_image == "raise" or not replaced):
             raise batches.error(found)
         bad.update(found)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -42,7 +42,7 @@ def preset_config(name: str, **changes: Any) -> ViTConfig:
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"no such preset; {hint}There is {', '.join(PRESETS)}")
+        raise ValueError(f"no such preset; {hint}presets: {', '.join(PRESETS)}")
     return make_config({**PRESETS[name], **changes})
 
 
