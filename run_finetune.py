@@ -12,7 +12,8 @@ it runs the demo recipe on what run_pretrain.py's demo wrote.
 import sys
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, UserError, check, exit_with, parse, parse_image_size
+from vit_hf.arguments import RunArguments, check, parse, parse_image_size
+from vit_hf.errors import UserError, exit_with
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/finetune_digits.yaml"
 DEMO_MODEL = Path("runs/demo/pretrain_glyphs")

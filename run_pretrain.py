@@ -10,7 +10,8 @@ demo recipe. Where it runs (devices, precision, ZeRO) is the business of `accele
 
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, check, exit_with, parse, parse_image_size
+from vit_hf.arguments import RunArguments, check, parse, parse_image_size
+from vit_hf.errors import exit_with
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
 

@@ -5,17 +5,18 @@ import pytest
 
 from tests.runs import ROOT
 from vit_hf.arguments import (
-    ArgumentError,
     RunArguments,
     check,
-    identity_hash,
+    identity,
     parse,
     parse_channels,
     parse_image_size,
     parse_random_crop,
     read_config,
+    without_paths,
     write_run_config,
 )
+from vit_hf.errors import ArgumentError
 
 
 def test_no_words_at_all_run_the_demo_recipe_and_say_so(capsys):
@@ -46,14 +47,14 @@ def test_run_config_reads_back_as_it_was_written(tmp_path):
     )
     write_run_config(args, {"total_steps": 7}, tmp_path / "run_config.yaml")
     again = parse(RunArguments, ["--config", str(tmp_path / "run_config.yaml")], prog="p")
-    assert again == args and identity_hash(again) == identity_hash(args)
+    assert again == args and identity(again) == identity(args)
 
 
 def test_identity_is_model_data_optimisation_and_seed():
     base = RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1)
 
     def changed(**values):
-        return identity_hash(RunArguments(**{**vars(base), **values})) != identity_hash(base)
+        return identity(RunArguments(**{**vars(base), **values})) != identity(base)
 
     assert (
         changed(seed=1) and changed(learning_rate=1.0) and changed(dataset_name="x") and changed(global_batch_size=2)
@@ -105,9 +106,32 @@ def test_positional_words_and_flags_without_a_value_are_refused():
             parse(RunArguments, words, prog="p")
 
 
-def test_ema_decay_of_one_is_refused():
-    with pytest.raises(ArgumentError, match="--ema_decay"):
-        check(RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1, ema_decay=1.0))
+@pytest.mark.parametrize(
+    "flags", [{"ema_decay": 1.0}, {"adam_beta1": 1.0}, {"adam_beta2": 1.0}, {"subset_fraction": 0.0}]
+)
+def test_the_open_end_of_a_range_is_refused(flags):
+    with pytest.raises(ArgumentError, match=f"--{next(iter(flags))}"):
+        check(RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1, **flags))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("--bf16", "accelerate launch --mixed_precision bf16"), ("--gradient_accumulation_steps", "--per_device_train_batch_size"),
+     ("--hub_token", "hf auth login"), ("--zzz", "--help lists")],
+)  # fmt: skip
+def test_flags_of_other_scripts_are_told_their_place(word, said):
+    with pytest.raises(ArgumentError, match=said):
+        parse(RunArguments, [word, "8"], prog="p")
+
+
+def test_local_paths_are_not_published(tmp_path):
+    flags = {"dataset_name": str(tmp_path), "model_name_or_path": "google/vit", "output_dir": "/home/me/x", "seed": 1}
+    assert without_paths(flags) == {
+        "dataset_name": tmp_path.name,
+        "model_name_or_path": "google/vit",
+        "output_dir": "x",
+        "seed": 1,
+    }
 
 
 def test_help_is_complete_and_wrong_flags_exit_with_2():

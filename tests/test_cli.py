@@ -3,8 +3,8 @@ import json
 import pytest
 
 from tests.runs import DEMO_DEFAULTS, in_process, python
-from vit_hf.arguments import ArgumentError, UserError
 from vit_hf.cli import dispatch, match_classes
+from vit_hf.errors import ArgumentError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,23 @@ def test_classes_are_matched_by_name():
         match_classes(["a", "b"], ["cat", "dog", "ship"])
 
 
+def test_a_model_of_some_classes_is_evaluated_on_their_images(tmp_path, capsys):
+    folder = tmp_path / "run"
+    in_process("pretrain", **{**DEMO_DEFAULTS, "subset_classes": "3,5", "max_eval_samples": 1000}, output_dir=folder)
+    dispatch(["evaluate", str(folder), "--dataset_name", "digits"])
+    results, own = (json.loads((folder / f"{name}_results.json").read_text()) for name in ("eval", "all"))
+    assert results["eval_samples"] == own["eval_samples"] < 100 and results["eval_accuracy"] == own["eval_accuracy"]
+    assert "knows 2 of the classes" in capsys.readouterr().out
+
+
+def test_a_model_without_a_head_is_not_evaluated(trained, tmp_path):
+    import transformers
+
+    transformers.ViTModel.from_pretrained(trained).save_pretrained(tmp_path / "headless")
+    with pytest.raises(UserError, match="missing classifier.bias, classifier.weight"):
+        dispatch(["evaluate", str(tmp_path / "headless"), "--dataset_name", "digits"])
+
+
 def test_evaluate_on_foreign_classes_is_one_line(trained):
     result = python("-m", "vit_hf.cli", "evaluate", trained, "--dataset_name", "glyphs")
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -52,7 +69,7 @@ def test_evaluate_on_foreign_classes_is_one_line(trained):
 def test_report_puts_runs_side_by_side(trained, tmp_path, capsys):
     dispatch(["report", str(trained), str(trained), "--output_dir", str(tmp_path)])
     table = capsys.readouterr().out
-    assert table.count("| first") == 2 and "0.02 M" in table
+    assert table.count(f"| {trained}") == 2 and "0.02 M" in table  # one name twice: the whole paths tell them apart
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="holds no finished run"):
         dispatch(["report", str(tmp_path)])

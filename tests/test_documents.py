@@ -89,3 +89,11 @@ def test_flags_in_the_docs_exist():
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
             assert flag in known | launcher, f"{page.name}: {flag}"
+
+
+def test_no_placeholder_is_left_and_every_linked_file_exists():
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search(r"DEMO_TABLE|TODO|TBD|XXX", text), page.name
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

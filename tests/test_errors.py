@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from tests.runs import DEMO_DEFAULTS, in_process
-from vit_hf.arguments import exit_with
+from vit_hf.errors import exit_with
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def fails(tmp_path, capsys):
         (r"--learning_rate: 'fast' is not a number", dict(learning_rate="fast")),
         (r"--learning_rate: -1.0 is out of range, allowed is 0 or more", dict(learning_rate=-1)),
         (r"--random_flip: 1.5 is out of range, allowed is from 0 to 1", dict(random_flip=1.5)),
-        (r"--random_flip: nan is out of range", dict(random_flip="nan")),
+        (r"--random_flip: 'nan' is not a number", dict(random_flip="nan")),
         (r"--max_steps: '2.5' is not a whole number", dict(max_steps="2.5")),
         (r"--optim: 'adam' is not one of adamw_torch, sgd", dict(optim="adam")),
         (r"--random_crop: 'padding=0' is not none, padding=PIXELS", dict(random_crop="padding=0")),
@@ -60,6 +60,15 @@ def fails(tmp_path, capsys):
         (r"--per_device_train_batch_size: 12 does not divide .* take one of 1, 2, 4", dict(per_device_train_batch_size=12)),
         (r"--warmup_steps: 9 is longer than the run of 6 steps", dict(warmup_steps=9)),
         (r"--image_std: '0' is not", dict(image_std="0")),
+        (r"--image_std: 'nan' is not", dict(image_std="nan")),
+        (r"--num_train_epochs: 'inf' is not a number", dict(num_train_epochs="inf", max_steps=None)),
+        (r"--seed: 99999999999 is out of range, allowed is from 0 to 4294967295", dict(seed=99999999999)),
+        (r"--adam_beta1: 1.0 would never", dict(adam_beta1=1)),
+        (r"num_channels is 1, .* allowed is 3", dict(config_overrides="num_channels=1")),
+        (r"num_attention_heads: 0 is out of range", dict(config_overrides="num_attention_heads=0")),
+        (r"patch_size: 0 is out of range", dict(config_overrides="patch_size=0")),
+        (r"num_hidden_layers: 0 is out of range", dict(config_overrides="num_hidden_layers=0")),
+        (r"hidden_act: 'foo' is not one of .*gelu", dict(config_overrides="hidden_act=foo")),
     ],
 )  # fmt: skip
 def test_wrong_flags_exit_with_2(fails, pattern, flags):
@@ -127,6 +136,11 @@ def test_an_image_that_does_not_decode(fails, folder_with_a_bad_image, tmp_path)
     in_process("pretrain", **{**DEMO_DEFAULTS, **{k: v for k, v in flags.items() if v}, "max_eval_samples": 99},
                output_dir=tmp_path / "run", on_bad_image="skip")  # fmt: skip
     assert json.loads((tmp_path / "run/all_results.json").read_text())["bad_images"] == 1
+
+
+def test_an_output_folder_that_is_a_file(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(1, r"--output_dir: .*file is a file; name a folder", output_dir=tmp_path / "file")
 
 
 def test_a_tracker_that_is_not_installed(fails, monkeypatch):

@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from vit_hf.arguments import UserError
 from vit_hf.data.augment import normalise
 from vit_hf.data.decode import Preprocessing
 from vit_hf.data.loader import EvalPlaces, ImageBatches, device_batches
+from vit_hf.errors import UserError
 from vit_hf.evaluation.evaluate import METRICS, evaluate_model, predict
 
 MEAN, STD = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_hf.arguments import UserError
 from vit_hf.data import loader
 from vit_hf.data.augment import REPLACEMENT, sample_keys, uniform
 from vit_hf.data.decode import Preprocessing, open_image, to_pixels
 from vit_hf.data.loader import EvalPlaces, ImageBatches, Places, TrainPlaces, device_batches
+from vit_hf.errors import UserError
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing((12, 12))

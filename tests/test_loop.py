@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.runs import lines
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 from vit_hf.training.checkpoint import TrainState
+from vit_hf.training.guards import SignalGuard, StoppedBySignal
 from vit_hf.training.loop import LoopSettings, train
 from vit_hf.training.schedule import Schedule, plan_batches
 
@@ -25,7 +26,7 @@ def make(tmp_path, accumulation=1, steps=4, max_grad_norm=0.0, **settings):
     return model, data, dict(
         state=TrainState(accelerator, model, engine, optimizer), batches=batches, plan=plan,
         schedule=Schedule(num_samples=24, global_batch_size=8, total_steps=steps, warmup_steps=0, learning_rate=0.1, kind="constant"),
-        settings=LoopSettings(tmp_path, {}, 0, max_grad_norm, **{**defaults, **settings}),
+        settings=LoopSettings(tmp_path, {"run": {}}, 0.0, 0, max_grad_norm, **{**defaults, **settings}),
         augment=lambda batch, step, micro_step, rank: (batch["rows"][:, :4], batch["rows"][:, 4:]),
         objective=lambda model, inputs, targets: ((model(inputs) - targets) ** 2).mean(),
         evaluate=lambda: {"eval_norm": sum(p.norm().item() for p in model.parameters())},
@@ -95,6 +96,41 @@ def test_a_loss_that_is_not_finite_names_the_steps(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_gradients_that_are_not_finite_are_seen_before_the_checkpoint(tmp_path):
+    """The loss of the step is finite still; the weights after it are not."""
+    _, _, parts = make(tmp_path, save_steps=2)
+    objective = parts["objective"]
+    seen = []
+
+    def breaks(model, inputs, targets):
+        seen.append(1)
+        loss = objective(model, inputs, targets)
+        return loss + (loss - loss.detach()).sqrt() if len(seen) == 4 else loss  # d sqrt(0) is infinite
+
+    with pytest.raises(UserError, match="the gradient norm is (nan|inf)"):
+        train(**{**parts, "objective": breaks})
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert '"not_finite"' in (tmp_path / "events.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("at", "evaluated", "stopped"), [(2, [2, 4], True), (3, [2, 4], True), (4, [2, 4], False)])
+def test_a_stop_loses_no_evaluation(tmp_path, monkeypatch, at, evaluated, stopped):
+    """Stopped at a step that evaluates, at one that does not, and at the last step, which is simply the end."""
+    monkeypatch.setattr(SignalGuard, "stop_asked", lambda self, steps: steps == at)
+    _, _, parts = make(tmp_path)
+    if stopped:
+        with pytest.raises(StoppedBySignal, match=f"checkpoint-{at}"):
+            train(**parts)
+        monkeypatch.undo()
+        _, _, parts = make(tmp_path)
+        for _ in range(at):
+            next(parts["batches"])
+        train(**parts, first_step=at)
+    else:
+        train(**parts)
+    assert [line["step"] for line in lines(tmp_path, "eval_norm")] == evaluated
+
+
 def test_out_of_memory_is_one_line(tmp_path):
     _, _, parts = make(tmp_path)
 
@@ -105,3 +141,7 @@ def test_out_of_memory_is_one_line(tmp_path):
         UserError, match="out of device memory with 8 images at once; lower --per_device_train_batch_size"
     ):
         train(**{**parts, "objective": full})
+    _, _, parts = make(tmp_path / "evaluation")
+    (tmp_path / "evaluation").mkdir()
+    with pytest.raises(UserError, match="in the evaluation; lower --per_device_eval_batch_size"):
+        train(**{**parts, "evaluate": full})

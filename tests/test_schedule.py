@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vit_hf.arguments import ArgumentError
+from vit_hf.errors import ArgumentError
 from vit_hf.training.schedule import Schedule, make_schedule, plan_batches
 
 

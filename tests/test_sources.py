@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image as PillowImage
 
-from vit_hf.arguments import UserError
 from vit_hf.data import sources
 from vit_hf.data.sources import load_image_splits
 from vit_hf.data.subset import SubsetRule
+from vit_hf.errors import UserError
 
 CIFAR_NAMES = ["airplane", "bird", "cat"]
 

@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 
-from vit_hf.arguments import UserError
 from vit_hf.data.subset import (
     SubsetRule,
     class_quotas,
@@ -18,6 +17,7 @@ from vit_hf.data.subset import (
     select_indices,
     subset_hash,
 )
+from vit_hf.errors import UserError
 
 NAMES = ["airplane", "bird", "cat", "dog", "ship"]
 

@@ -6,9 +6,7 @@ import torch, transformers or anything else of vit_hf, so that `--help` and a wr
 
 import argparse
 import dataclasses
-import difflib
-import hashlib
-import json
+import math
 import os
 import sys
 import types
@@ -19,39 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-
-class UserError(Exception):
-    """A mistake of the user or of the surroundings: printed as one line, without a traceback; exit status 1."""
-
-    exit_status = 1
-
-
-class ArgumentError(UserError):
-    """Flags that cannot be right, whatever the data: exit status 2."""
-
-    exit_status = 2
-
-
-def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
-    """Runs a script or a command and ends the process: a user's error becomes one line and its exit status."""
-    status = 0
-    try:
-        entry()
-    except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Says which known names come closest: "did you mean 'a' or 'b'?", or else lists the known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    close = close or [k for k in known if name and (name in k or k in name)][:5]
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known)}"
+from vit_hf.errors import ArgumentError, nearest
 
 
 def flag(
@@ -98,7 +64,7 @@ class DataArguments(DatasetArguments):
     subset_fraction: float | None = flag(None, "keep this share of every class of the training split", low=0, high=1)
     subset_per_class: int | None = flag(None, "keep exactly so many training images of each class", low=1)
     subset_classes: str | None = flag(None, "keep these classes: names or indices by comma, or a file, one a line")
-    subset_seed: int = flag(0, "which images the subset filter keeps", low=0)
+    subset_seed: int = flag(0, "which images the subset filter keeps", low=0, high=2**32 - 1)
     image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
     image_mean: str | None = flag(
         None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"
@@ -140,7 +106,7 @@ class TrainArguments:
         False, "recompute activations in the backward pass to save memory", same_run=True
     )
     torch_compile: bool = flag(False, "compile the model with torch.compile", same_run=True)
-    seed: int = flag(0, "seed of initialisation, data order, augmentation and dropout", low=0)
+    seed: int = flag(0, "seed of initialisation, data order, augmentation and dropout", low=0, high=2**32 - 1)
     logging_steps: int = flag(50, "steps between log lines", low=1, same_run=True)
     eval_steps: int | None = flag(None, "steps between evaluations (default: once an epoch)", low=1, same_run=True)
     save_steps: int | None = flag(None, "steps between checkpoints (default: once an epoch)", low=1, same_run=True)
@@ -175,6 +141,9 @@ class EvaluateArguments(DatasetArguments):
     revision: str | None = flag(None, "branch, tag or commit of the Hub model")
     trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
     output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
+    seed: int | None = flag(
+        None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
+    )
     ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1)
 
 
@@ -187,8 +156,25 @@ ALTERNATIVES = [
 ]
 
 
+# What users of other scripts look for here under another name.
+_PRECISION = "precision is the launcher's: accelerate launch --mixed_precision bf16 (or fp16)"
+MOVED = {
+    "bf16": _PRECISION,
+    "fp16": _PRECISION,
+    "mixed_precision": _PRECISION,
+    "num_processes": "processes are the launcher's: accelerate launch --num_processes N",
+    "deepspeed": "ZeRO is the launcher's: accelerate launch --config_file accelerate_configs/zero2.yaml",
+    "gradient_accumulation_steps": "it is derived from --global_batch_size and --per_device_train_batch_size",
+    "overwrite_output_dir": "nothing is overwritten: choose another --output_dir, or remove the folder",
+    "do_train": "both scripts train and evaluate; to evaluate alone: vit-hf evaluate",
+    "do_eval": "both scripts train and evaluate; to evaluate alone: vit-hf evaluate",
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a token is never a flag",
+}
+
+
 def _convert(name: str, value: Any, item: dataclasses.Field) -> Any:
     """Turns a flag's text or a YAML value into the field's type, and holds it against the field's range."""
+    given = value
     kinds = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
     optional = type(None) in kinds
     kind = next(k for k in kinds if k is not type(None))
@@ -213,6 +199,8 @@ def _convert(name: str, value: Any, item: dataclasses.Field) -> Any:
             if isinstance(value, bool):
                 raise ValueError
             value = float(value)
+            if not math.isfinite(value):
+                raise ValueError
         elif isinstance(value, (list, tuple)):  # a YAML list where the flag takes values by comma
             value = ",".join(map(str, value))
         elif isinstance(value, dict):
@@ -221,7 +209,7 @@ def _convert(name: str, value: Any, item: dataclasses.Field) -> Any:
             value = str(value)
     except (ValueError, KeyError, OverflowError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise ArgumentError(f"--{name}: {value!r} is not {expected}") from None
+        raise ArgumentError(f"--{name}: {given!r} is not {expected}") from None
     low, high = item.metadata["low"], item.metadata["high"]
     if kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
         allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
@@ -312,7 +300,8 @@ def parse(
         name = unknown[0].split("=")[0]
         if not name.startswith("--"):
             raise ArgumentError(f"unexpected word {name!r} on the command line")
-        hint = nearest(name[2:].replace("-", "_"), [*fields, "config"])
+        key = name[2:].replace("-", "_")
+        hint = MOVED.get(key) or nearest(key, [*fields, "config"])
         raise ArgumentError(f"unknown flag {name}, {hint}")
     config = given.pop("config", None)
     values = read_config(config, cls) if config is not None else {}
@@ -344,8 +333,11 @@ def check(args: RunArguments) -> None:
     for needed in ("dataset_name", "output_dir"):
         if not getattr(args, needed):
             raise ArgumentError(f"--{needed} is missing")
-    if args.ema_decay == 1:
-        raise ArgumentError("--ema_decay: 1.0 would never move the average, allowed is 0 (off) to below 1")
+    for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+        if getattr(args, name) == 1:
+            raise ArgumentError(f"--{name}: 1.0 would never move the average, allowed is 0 to below 1")
+    if args.subset_fraction == 0:
+        raise ArgumentError("--subset_fraction: 0.0 keeps nothing, allowed is above 0 to 1")
     parse_random_crop(args.random_crop)
     parse_image_size(args.image_size)
     for name in ("image_mean", "image_std"):
@@ -400,7 +392,11 @@ def parse_channels(name: str, text: str | None) -> list[float] | None:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 3) or (name == "image_std" and min(numbers) <= 0):
+    if (
+        len(numbers) not in (1, 3)
+        or not all(map(math.isfinite, numbers))
+        or (name == "image_std" and min(numbers) <= 0)
+    ):
         raise ArgumentError(
             f"--{name}: {text!r} is not one number or three by comma" + " above 0" * (name == "image_std")
         )
@@ -414,7 +410,7 @@ def trackers(report_to: str) -> list[str]:
         ArgumentError: a tracker that is not known.
     """
     known = ("tensorboard", "wandb", "trackio")
-    names = [] if report_to in ("none", "") else report_to.split(",")
+    names = [] if report_to in ("none", "") else [name.strip() for name in report_to.split(",")]
     for name in names:
         if name not in known:
             raise ArgumentError(f"--report_to: {name!r} is not one of {', '.join(known)}, none")
@@ -427,9 +423,17 @@ def identity(args: RunArguments) -> dict[str, Any]:
     return {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if not item.metadata["same_run"]}
 
 
-def identity_hash(args: RunArguments) -> str:
-    """16 hex digits over `identity`, the same on every machine."""
-    return hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:16]
+def without_paths(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags as they may be published: of a local path only its last name."""
+    named = ("output_dir", "model_name_or_path", "dataset_name", "subset_classes", "resume_from_checkpoint")
+
+    def public(name: str, value: Any) -> Any:
+        is_path = (
+            name in (*named, "base") and isinstance(value, str) and (os.path.exists(value) or os.path.isabs(value))
+        )
+        return Path(value).name if is_path else value
+
+    return {name: public(name, value) for name, value in flags.items()}
 
 
 def write_run_config(args: RunArguments, resolved: dict[str, Any], path: Path) -> None:

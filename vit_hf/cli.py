@@ -1,12 +1,16 @@
 """The command `vit-hf`: evaluate a model on all processes; put finished runs side by side."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from vit_hf.arguments import ArgumentError, EvaluateArguments, UserError, exit_with, nearest, parse
+import yaml
+
+from vit_hf.arguments import EvaluateArguments, parse
+from vit_hf.errors import ArgumentError, UserError, exit_with, nearest
 
 USAGE = """usage: vit-hf COMMAND ...
 
@@ -40,27 +44,37 @@ def evaluate(argv: list[str]) -> None:
         raise ArgumentError("--dataset_name is missing")
     from vit_hf.data.decode import Preprocessing, processor_config
     from vit_hf.data.sources import load_image_splits
+    from vit_hf.data.subset import SubsetRule
     from vit_hf.hub.export import write_json
     from vit_hf.models.presets import load_pretrained
-    from vit_hf.runner import count_bad, make_evaluate, model_errors, start
+    from vit_hf.parts import count_bad, make_evaluate, model_errors, start
 
     accelerator = start(args)
     with model_errors(args):
-        model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        model = load_pretrained(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, need_head=True
+        )
         size = getattr(model.config, "image_size", 224)
         size = (size, size) if isinstance(size, int) else tuple(size)
         preprocessing = Preprocessing.from_config(processor_config(args.model, args.revision), size)
+    load = functools.partial(
+        load_image_splits,
+        args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name,
+        eval_split=args.eval_split,
+        max_eval_samples=args.max_eval_samples,
+        seed=trained_seed(args) if args.seed is None else args.seed,
+        need_train=False,
+    )
+    known = list(model.config.id2label.values())
     with accelerator.main_process_first():
-        splits = load_image_splits(
-            args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            image_column_name=args.image_column_name,
-            label_column_name=args.label_column_name,
-            eval_split=args.eval_split,
-            max_eval_samples=args.max_eval_samples,
-            need_train=False,
-        )
-    class_index = match_classes(splits.class_names, list(model.config.id2label.values()))
+        splits = load()
+        if set(known) < set(splits.class_names):  # trained with --subset_classes
+            splits = load(subset=SubsetRule(classes=known))
+            accelerator.print(f"note: the model knows {len(known)} of the classes; only their images are evaluated")
+    class_index = match_classes(splits.class_names, known)
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
     bad: dict[int, str] = {}
@@ -78,6 +92,15 @@ def evaluate(argv: list[str]) -> None:
         print("\n".join(f"{key:20} {_show(value)}" for key, value in results.items()))
         print(f"written to {folder / 'eval_results.json'}")
     accelerator.end_training()
+
+
+def trained_seed(args: EvaluateArguments) -> int:
+    """The seed of the run that made a local model: it decides which images were held out of a set that has no
+    evaluation split of its own."""
+    try:
+        return int(yaml.safe_load((Path(args.model) / "run_config.yaml").read_text())["seed"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return 0
 
 
 def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int] | None:
@@ -111,11 +134,12 @@ def report(argv: list[str]) -> None:
             results: dict[str, Any] = json.loads((run / "all_results.json").read_text())
         except OSError:
             raise UserError(f"{run} holds no finished run (all_results.json is missing)") from None
-        curves[run.name] = read_jsonl(run / "metrics.jsonl")
-        speeds = sorted(line["images_per_second"] for line in curves[run.name] if "images_per_second" in line)
+        name = run.name if [other.name for other in args.runs].count(run.name) == 1 else str(run)
+        curves[name] = read_jsonl(run / "metrics.jsonl")
+        speeds = sorted(line["images_per_second"] for line in curves[name] if "images_per_second" in line)
         rows.append(
             [
-                run.name,
+                name,
                 f"{results['num_parameters'] / 1e6:.2f} M",
                 f"{speeds[len(speeds) // 2]:.0f}",  # the median line: the first one holds the warm-up of the machine
                 f"{results['eval_accuracy']:.4f}",

@@ -1,13 +1,13 @@
 """The course of a training run, top to bottom, which both scripts share; they differ in how the model is made."""
 
 import contextlib
+import dataclasses
 import functools
-import importlib.util
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,29 @@ import yaml
 
 import vit_hf
 from vit_hf.analysis.figures import learning_curves
-from vit_hf.arguments import (
-    ArgumentError,
-    RunArguments,
-    UserError,
-    identity,
-    identity_hash,
-    parse_channels,
-    parse_random_crop,
-    trackers,
-    write_run_config,
-)
-from vit_hf.data.augment import Augment, normalise
+from vit_hf.arguments import RunArguments, identity, write_run_config
 from vit_hf.data.decode import Preprocessing
-from vit_hf.data.loader import EvalPlaces, ImageBatches, TrainPlaces, device_batches
-from vit_hf.data.sources import ImageSplits, load_image_splits
-from vit_hf.data.subset import SubsetRule, parse_subset_classes
-from vit_hf.evaluation.evaluate import evaluate_model
+from vit_hf.data.sources import ImageSplits
+from vit_hf.errors import UserError
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
 from vit_hf.hub.push import find_repository, push
+from vit_hf.parts import (
+    count_bad,
+    load_splits,
+    make_augment,
+    make_evaluate,
+    make_preprocessing,
+    model_errors,
+    prepare,
+    start,
+    train_batches,
+)
 from vit_hf.training import checkpoint
-from vit_hf.training.accelerator import apply_batch_plan, build_accelerator, zero_stage
+from vit_hf.training.accelerator import zero_stage
 from vit_hf.training.checkpoint import TrainState
-from vit_hf.training.ema import EMA
 from vit_hf.training.loop import LoopSettings, train
 from vit_hf.training.objective import soft_cross_entropy
-from vit_hf.training.optimizer import make_optimizer, parameter_groups
 from vit_hf.training.schedule import BatchPlan, Schedule, make_schedule, plan_batches
 from vit_hf.training.tracking import append_event, peak_memory_bytes, read_jsonl
 
@@ -64,16 +60,25 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     """
     start_time = time.perf_counter()
     accelerator = start(args)
-    say = accelerator.print
     output_dir = Path(args.output_dir)
+    if args.ema_decay and zero_stage(accelerator):
+        raise UserError(
+            "--ema_decay does not work with DeepSpeed ZeRO, which splits the fp32 weights; use ddp, or drop the flag"
+        )
     if is_finished(args, output_dir):
-        say(f"{output_dir} holds this run, finished; nothing to do (a new run needs another --output_dir)")
+        accelerator.print(
+            f"{output_dir} holds this run, finished; nothing to do (a new run needs another --output_dir)"
+        )
+        if args.push_to_hub and accelerator.is_main_process:
+            push_folder(args, output_dir, find_repository(args.hub_model_id, output_dir)[0])
         return
 
     splits = load_splits(args, accelerator)
     torch.manual_seed(args.seed)  # the same initial weights on every process
     with model_errors(args):
         model, (mean, std) = build_model(args, splits.class_names)
+        if model.config.num_channels != 3:
+            raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
     preprocessing = make_preprocessing(args, model.config, mean, std)
     plan = plan_batches(args.global_batch_size, accelerator.num_processes, args.per_device_train_batch_size)
     schedule = make_schedule(
@@ -86,77 +91,38 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         learning_rate=args.learning_rate,
         kind=args.lr_scheduler_type,
     )
-    resolved = resolve(args, accelerator, splits, model, preprocessing, plan, schedule)
-    say(
-        f"model: {args.preset or args.model_name_or_path}, {resolved['num_parameters'] / 1e6:.1f} M parameters, "
-        f"{len(splits.class_names)} classes\n"
-        f"data: {args.dataset_name}, {len(splits.train)} training images ({splits.train_split}), "
-        f"{len(splits.eval)} evaluation images ({splits.eval_split})\n"
-        f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "
-        f"{schedule.epochs_after(schedule.total_steps):.1f} epochs; {resolved['device']}, "
-        f"{accelerator.mixed_precision} mixed precision, ZeRO stage {resolved['zero_stage']}"
-    )
+    resolved = resolve(accelerator, splits, model, preprocessing, plan, schedule)
+    describe(args, accelerator, resolved, plan, schedule)
     if args.dry_run:
-        say("dry run: nothing was trained")
+        accelerator.print("dry run: nothing was trained")
         return
+
     name = output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         name, warning = find_repository(args.hub_model_id, output_dir)
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
-
-    resume_from, manifest, passed_over = find_checkpoint(args, output_dir)
-    accelerator.wait_for_everyone()  # all have looked at the folder before it changes
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_run_config(args, resolved, output_dir / "run_config.yaml")
-        for folder, reason in passed_over.items():
-            say(f"passing over {folder}: {reason}")
-            append_event(output_dir, "checkpoint_passed_over", folder=folder, reason=reason)
+    resume_from, manifest = open_folder(args, accelerator, resolved, output_dir)
     accelerator.init_trackers("vit_hf", config={k: v for k, v in identity(args).items() if v is not None})
-
     state = prepare(args, accelerator, model, plan)
-    first_step = manifest.get("step", 0)
+    record = {"run": identity(args), "exactness": exactness(args, accelerator, plan)}
     if resume_from is not None:
-        inexact = checkpoint.load(state, resume_from, manifest)
-        say(f"resuming from {resume_from}, " + (f"not to the bit: {'; '.join(inexact)}" if inexact else "exactly"))
-        if accelerator.is_main_process:
-            append_event(
-                output_dir, "resume", folder=str(resume_from), step=first_step, exact=not inexact, why=inexact
-            )
+        resume(state, resume_from, manifest, record["exactness"], output_dir)
+        start_time -= manifest["wall_time_seconds"]
 
     bad: dict[str, dict[int, str]] = {"train": {}, "eval": {}}
-    train_batches = ImageBatches(
-        splits.train,
-        preprocessing,
-        seed=args.seed,
-        crop_scale=parse_random_crop(args.random_crop)[1] if args.random_crop.startswith("scale") else None,
-        on_bad_image=args.on_bad_image,
-        training=True,
+    batches, crops_on_device = train_batches(
+        args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, bad["train"]
     )
     train(
         state,
-        device_batches(
-            train_batches,
-            TrainPlaces(
-                num_samples=len(splits.train),
-                seed=args.seed,
-                first_step=first_step,
-                total_steps=schedule.total_steps,
-                num_processes=accelerator.num_processes,
-                rank=accelerator.process_index,
-                micro_batch_size=plan.micro_batch_size,
-                accumulation=plan.accumulation,
-            ),
-            accelerator.device,
-            args.dataloader_num_workers,
-            bad["train"],
-        ),
+        batches,
         plan=plan,
         schedule=schedule,
         settings=LoopSettings(
             output_dir=output_dir,
-            run=identity(args),
+            record=record,
+            start_time=start_time,
             seed=args.seed,
             max_grad_norm=args.max_grad_norm,
             logging_steps=args.logging_steps,
@@ -164,118 +130,96 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             save_steps=args.save_steps,
             save_total_limit=args.save_total_limit,
         ),
-        augment=make_augment(args, preprocessing, len(splits.class_names), accelerator, train_batches.crops_on_device),
+        augment=make_augment(args, preprocessing, len(splits.class_names), accelerator, crops_on_device),
         objective=soft_cross_entropy,
         evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, bad["eval"]),
         extra_metrics=functools.partial(count_bad, args, accelerator, bad),
-        first_step=first_step,
+        first_step=manifest.get("step", 0),
     )
-    export(args, accelerator, state, preprocessing, resolved, count_bad(args, accelerator, bad), name, start_time)
+    export(args, state, preprocessing, resolved, count_bad(args, accelerator, bad), name, start_time)
 
 
-def start(args: Any) -> accelerate.Accelerator:
-    """The Accelerator, and libraries that keep quiet on all but the main process."""
-    log_with = trackers(getattr(args, "report_to", "none"))
-    for name in log_with:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name}: the package is not installed; pip install 'vit_hf[{name}]'")
-    accelerator = build_accelerator(args.ddp_timeout, log_with, args.output_dir)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if not accelerator.is_main_process:
-        datasets.disable_progress_bars()
-    return accelerator
+def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run as an earlier version of the flags wrote it: flags it did not know had their defaults."""
+    return {
+        item.name: before.get(item.name, item.default)
+        for item in dataclasses.fields(RunArguments)
+        if not item.metadata["same_run"]
+    }
+
+
+def check_same_run(args: RunArguments, folder: Path, before: dict[str, Any]) -> None:
+    """Raises UserError, with the values that differ, where a folder belongs to another run."""
+    then, now = saved_identity(before), identity(args)
+    differ = [f"--{name} {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
+    if differ:
+        raise UserError(
+            f"{folder} belongs to another run ({'; '.join(differ[:5])}); choose another --output_dir, or remove it"
+        )
 
 
 def is_finished(args: RunArguments, output_dir: Path) -> bool:
-    """Whether the folder holds this very run, exported. Raises UserError where it holds another one."""
+    """Whether the folder holds this very run, exported. Raises UserError where it holds another one, or is a file."""
     config = output_dir / "run_config.yaml"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
     if not (output_dir / "all_results.json").exists() or not config.exists():
         return False
-    before = yaml.safe_load(config.read_text())
-    if before["resolved"]["run_hash"] != identity_hash(args):
-        raise another_run(args, output_dir, before)
+    check_same_run(args, output_dir, yaml.safe_load(config.read_text()) or {})
     return args.resume_from_checkpoint == "auto"
 
 
-def find_checkpoint(args: RunArguments, output_dir: Path) -> tuple[Path | None, dict[str, Any], dict[str, str]]:
-    """As checkpoint.find; raises UserError where the checkpoint is another run's."""
+def open_folder(
+    args: RunArguments, accelerator: accelerate.Accelerator, resolved: dict[str, Any], output_dir: Path
+) -> tuple[Path | None, dict[str, Any]]:
+    """Makes the output folder this run's, and finds the checkpoint to go on from with its manifest ({}: none).
+
+    Raises:
+        UserError: the folder holds another run's checkpoints, or a checkpoint asked for cannot be used.
+    """
     folder, manifest, passed_over = checkpoint.find(output_dir, args.resume_from_checkpoint)
-    if manifest and manifest["run"] != identity(args):
-        raise another_run(args, folder, manifest["run"])
-    return folder, manifest, passed_over
+    if manifest:
+        check_same_run(args, folder, manifest["run"])
+    accelerator.wait_for_everyone()  # all have looked at the folder before it changes
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "all_results.json").unlink(missing_ok=True)  # it says that a run is finished
+        write_run_config(args, resolved, output_dir / "run_config.yaml")
+        later = checkpoint.later_than(output_dir, manifest["step"]) if manifest else []
+        reasons = {str(path): "later than the checkpoint asked for" for path in later} | passed_over
+        for path, reason in reasons.items():
+            aside = checkpoint.move_aside(Path(path))
+            print(f"passing over {path}: {reason}; moved to {aside.name}")
+            append_event(output_dir, "checkpoint_passed_over", folder=path, reason=reason, moved_to=aside.name)
+        checkpoint.remove_unfinished(output_dir)
+    accelerator.wait_for_everyone()
+    return folder, manifest
 
 
-def another_run(args: RunArguments, folder: Path, before: dict[str, Any]) -> UserError:
-    """The error for a folder in use, with the values that differ."""
-    now = identity(args)
-    differ = [f"--{name} {before.get(name)} there, {now[name]} now" for name in now if before.get(name) != now[name]]
-    return UserError(
-        f"{folder} belongs to another run ({'; '.join(differ[:5])}); choose another --output_dir, or remove it"
+def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: BatchPlan) -> dict[str, Any]:
+    """What must be the same for a resume that continues to the bit."""
+    return {
+        **checkpoint.topology(accelerator),
+        "micro_batch_size": plan.micro_batch_size,
+        "device": accelerator.device.type,
+        "torch": torch.__version__,
+        "torch_compile": args.torch_compile,
+    }
+
+
+def resume(state: TrainState, folder: Path, manifest: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
+    """Loads a checkpoint, and says and records whether it continues to the bit."""
+    checkpoint.load(state, folder, manifest)
+    then = manifest["exactness"]
+    changed = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
+    state.accelerator.print(
+        f"resuming from {folder}, " + (f"not to the bit: {'; '.join(changed)}" if changed else "exactly")
     )
-
-
-@contextlib.contextmanager
-def model_errors(args: Any) -> Iterator[None]:
-    """Turns what models and transformers raise for a wrong name, field or file into one line."""
-    source = getattr(args, "model_name_or_path", None) or getattr(args, "model", None)
-    try:
-        yield
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        if source is None:
-            raise ArgumentError(f"--preset {args.preset}: {reason}") from None
-        raise UserError(f"model {source}: {reason}") from None
-    except (OSError, KeyError, RuntimeError) as error:
-        raise UserError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx"):
-            raise UserError(f"model {source} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
-        raise
-
-
-def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
-    """The two splits, on every process; the main process downloads or generates first."""
-    subset = SubsetRule(
-        fraction=args.subset_fraction,
-        per_class=args.subset_per_class,
-        classes=parse_subset_classes(args.subset_classes) if args.subset_classes else None,
-        seed=args.subset_seed,
-    )
-    with accelerator.main_process_first():
-        splits = load_image_splits(
-            args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            image_column_name=args.image_column_name,
-            label_column_name=args.label_column_name,
-            train_split=args.train_split,
-            eval_split=args.eval_split,
-            subset=subset,
-            max_train_samples=args.max_train_samples,
-            max_eval_samples=args.max_eval_samples,
-            seed=args.seed,
-        )
-    for note in splits.notes:
-        accelerator.print(f"note: {note}")
-    return splits
-
-
-def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: list[float]) -> Preprocessing:
-    """How an image becomes the model's input. ImageNet: the centre of an image whose shorter side is 256/224 of the
-    size; all others: a resize of both sides."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    centre_crop = args.dataset_name in ("imagenet-1k", "ILSVRC/imagenet-1k")
-    return Preprocessing(
-        image_size=(height, width),
-        shortest_edge=round(min(height, width) * 256 / 224) if centre_crop else None,
-        image_mean=tuple(parse_channels("image_mean", args.image_mean) or mean),
-        image_std=tuple(parse_channels("image_std", args.image_std) or std),
-    )
+    if state.accelerator.is_main_process:
+        append_event(output_dir, "resume", folder=str(folder), step=manifest["step"], exact=not changed, why=changed)
 
 
 def resolve(
-    args: RunArguments,
     accelerator: accelerate.Accelerator,
     splits: ImageSplits,
     model: transformers.PreTrainedModel,
@@ -284,15 +228,9 @@ def resolve(
     schedule: Schedule,
 ) -> dict[str, Any]:
     """The values that follow from the flags, for run_config.yaml and the card."""
-    stage = zero_stage(accelerator)
-    if args.ema_decay and stage:
-        raise UserError(
-            "--ema_decay does not work with DeepSpeed ZeRO, which splits the fp32 weights; use ddp, or drop the flag"
-        )
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {
-        "run_hash": identity_hash(args),
         "train_split": splits.train_split,
         "eval_split": splits.eval_split,
         "train_samples": len(splits.train),
@@ -310,7 +248,7 @@ def resolve(
         "micro_batch_size": plan.micro_batch_size,
         "accumulation": plan.accumulation,
         "mixed_precision": accelerator.mixed_precision,
-        "zero_stage": stage,
+        "zero_stage": zero_stage(accelerator),
         "device": f"{plan.num_processes} x {name}" if device.type == "cuda" else name,
         "versions": {
             "vit_hf": vit_hf.__version__,
@@ -320,84 +258,27 @@ def resolve(
     }
 
 
-def prepare(
-    args: RunArguments, accelerator: accelerate.Accelerator, model: transformers.PreTrainedModel, plan: BatchPlan
-) -> TrainState:
-    """Model and optimizer on the device, behind DDP or DeepSpeed where the launch says so."""
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.torch_compile:
-        model.compile()  # in place: names in the state dict stay
-    apply_batch_plan(accelerator, plan, args.max_grad_norm)
-    optimizer = make_optimizer(
-        parameter_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay),
-        optim=args.optim,
-        learning_rate=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        momentum=args.momentum,
-    )
-    engine, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMA(model, args.ema_decay) if args.ema_decay else None
-    return TrainState(accelerator, model, engine, optimizer, ema)
-
-
-def make_augment(
+def describe(
     args: RunArguments,
-    preprocessing: Preprocessing,
-    num_classes: int,
     accelerator: accelerate.Accelerator,
-    crops_on_device: bool,
-) -> Augment:
-    """The device side of the training transforms."""
-    crop = parse_random_crop(args.random_crop)
-    return Augment(
-        seed=args.seed,
-        num_classes=num_classes,
-        mean=preprocessing.image_mean,
-        std=preprocessing.image_std,
-        device=accelerator.device,
-        crop=crop if crop[0] != "scale" or crops_on_device else ("none", 0.0),
-        flip=args.random_flip,
-        mixup_alpha=args.mixup_alpha,
-        cutmix_alpha=args.cutmix_alpha,
-        label_smoothing=args.label_smoothing_factor,
+    resolved: dict[str, Any],
+    plan: BatchPlan,
+    schedule: Schedule,
+) -> None:
+    """Prints what will be run."""
+    accelerator.print(
+        f"model: {args.preset or args.model_name_or_path}, {resolved['num_parameters'] / 1e6:.2f} M parameters, "
+        f"{resolved['num_classes']} classes\n"
+        f"data: {args.dataset_name}, {resolved['train_samples']} training images ({resolved['train_split']}), "
+        f"{resolved['eval_samples']} evaluation images ({resolved['eval_split']})\n"
+        f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "
+        f"{schedule.epochs_after(schedule.total_steps):.1f} epochs\n"
+        f"on: {resolved['device']}, mixed precision {accelerator.mixed_precision}, ZeRO stage {resolved['zero_stage']}"
     )
-
-
-def make_evaluate(
-    args: Any,
-    engine: torch.nn.Module,
-    split: datasets.Dataset,
-    preprocessing: Preprocessing,
-    accelerator: accelerate.Accelerator,
-    bad: dict[int, str],
-    class_index: list[int] | None = None,
-) -> Callable[[], dict[str, float]]:
-    """A function that evaluates the model as it then is; decoding that can be kept is done once.
-
-    Args:
-        class_index: the model's index of each class of the dataset, where they differ.
-    """
-    batches = ImageBatches(split, preprocessing, on_bad_image=args.on_bad_image, class_index=class_index)
-    mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
-    std = torch.tensor(preprocessing.image_std, device=accelerator.device)
-    places = EvalPlaces(
-        num_samples=len(batches),
-        num_processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        batch_size=args.per_device_eval_batch_size,
-    )
-
-    def evaluate() -> dict[str, float]:
-        moved = device_batches(batches, places, accelerator.device, args.dataloader_num_workers, bad)
-        return evaluate_model(engine, moved, functools.partial(normalise, mean=mean, std=std), accelerator)
-
-    return evaluate
 
 
 def export(
     args: RunArguments,
-    accelerator: accelerate.Accelerator,
     state: TrainState,
     preprocessing: Preprocessing,
     resolved: dict[str, Any],
@@ -405,8 +286,8 @@ def export(
     name: str,
     start_time: float,
 ) -> None:
-    """Makes the output folder a model repository, and pushes it where that is asked for."""
-    output_dir = Path(args.output_dir)
+    """Makes the output folder a model repository called `name`, and pushes it where that is asked for."""
+    accelerator, output_dir = state.accelerator, Path(args.output_dir)
     with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         state_dict = full_fp32_state_dict(state.model, zero_stage(accelerator))
     if accelerator.is_main_process:
@@ -419,19 +300,16 @@ def export(
         results["wall_time_seconds"] = round(time.perf_counter() - start_time, 2)
         write_card(output_dir, name, args, resolved, results, state.model.config)
         write_json(results, output_dir / "all_results.json")  # last: its presence says that the folder is complete
-        accelerator.print(
+        print(
             f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "
             f"({resolved['eval_split']}); {output_dir}"
         )
         if args.push_to_hub:
-            accelerator.print(f"pushed to {push(output_dir, name, args.hub_private_repo)}")
+            push_folder(args, output_dir, name)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers and the process group
 
 
-def count_bad(args: Any, accelerator: accelerate.Accelerator, bad: dict[str, dict[int, str]]) -> dict[str, int]:
-    """{"bad_images": distinct rows of both splits that were left out}, over all processes; {} where none may be."""
-    if args.on_bad_image == "raise":
-        return {}
-    rows = [(split, row) for split, found in bad.items() for row in found]
-    return {"bad_images": len(set(accelerate.utils.gather_object(rows)))}
+def push_folder(args: RunArguments, output_dir: Path, name: str) -> None:
+    """Uploads a finished folder and says where it is."""
+    print(f"pushed to {push(output_dir, name, args.hub_private_repo)}")

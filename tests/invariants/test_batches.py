@@ -3,7 +3,7 @@
 import pytest
 
 from tests.runs import lines, trajectory
-from vit_hf.arguments import ArgumentError
+from vit_hf.errors import ArgumentError
 
 AUGMENTED = dict(random_crop="padding=3", random_flip=0.5, max_train_samples=100)
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.runs import DEMO_DEFAULTS, in_process, lines, trajectory
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 
 EVERYTHING_ON = dict(
     random_crop="padding=3",
@@ -89,6 +89,62 @@ def test_a_truncated_checkpoint_is_passed_over(run, tmp_path, killed_after, monk
     passed_over = {event["folder"].split("/")[-1]: event["reason"] for event in events[:2]}
     assert "bytes instead of" in passed_over["checkpoint-4"] and "no manifest" in passed_over["checkpoint-900"]
     assert events[2]["event"] == "resume" and events[2]["step"] == 2
+    assert (tmp_path / "run/checkpoint-900.aside").exists()  # nothing was lost, and it is not in the way
+
+
+def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(run, tmp_path):
+    folder = run("pretrain", save_steps=2)
+    before = trajectory(folder)
+    run("pretrain", save_steps=2, resume_from_checkpoint=folder / "checkpoint-2")
+    assert trajectory(folder) == before
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        "checkpoint-2", "checkpoint-4", "checkpoint-4.aside", "checkpoint-6", "checkpoint-6.aside"
+    ]  # fmt: skip
+
+
+def test_another_micro_batch_may_go_on_but_not_to_the_bit(run, tmp_path, killed_after, monkeypatch):
+    killed_after(2)
+    with pytest.raises(Killed):
+        run("pretrain", save_steps=2)
+    monkeypatch.undo()
+    run("pretrain", save_steps=2, per_device_train_batch_size=8)
+    event = json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[-1])
+    assert event["exact"] is False and event["why"] == ["micro_batch_size 32 then, 8 now"]
+
+
+def test_a_checkpoint_of_before_a_flag_existed_is_still_this_runs(run, tmp_path, killed_after, monkeypatch):
+    killed_after(2)
+    with pytest.raises(Killed):
+        run("pretrain", save_steps=2)
+    monkeypatch.undo()
+    path = tmp_path / "run/checkpoint-2/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["run"]["cutmix_alpha"], manifest["run"]["momentum"]
+    path.write_text(json.dumps(manifest))
+    run("pretrain", save_steps=2)
+    assert lines(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_the_wall_time_counts_all_starts(run, tmp_path, killed_after, monkeypatch):
+    killed_after(2)
+    with pytest.raises(Killed):
+        run("pretrain", save_steps=2)
+    monkeypatch.undo()
+    path = tmp_path / "run/checkpoint-2/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "wall_time_seconds": 1000.0}))
+    run("pretrain", save_steps=2)
+    assert 1000 < json.loads((tmp_path / "run/all_results.json").read_text())["wall_time_seconds"] < 1500
+
+
+def test_a_finished_run_that_goes_on_is_not_finished_until_it_is(run, tmp_path, killed_after, monkeypatch):
+    folder = run("pretrain", save_steps=2)
+    killed_after(4)
+    with pytest.raises(Killed):
+        run("pretrain", save_steps=2, resume_from_checkpoint=folder / "checkpoint-2")
+    monkeypatch.undo()
+    assert not (folder / "all_results.json").exists()
+    run("pretrain", save_steps=2)
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_finished_run_started_again_says_so_and_does_nothing(run, tmp_path, capsys):

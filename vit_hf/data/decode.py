@@ -141,5 +141,5 @@ def processor_config(name_or_path: str, revision: str | None = None) -> dict[str
 
 def processor_normalisation(name_or_path: str, revision: str | None = None) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, as the model was trained with them; 0.5 where it does not say."""
-    config = processor_config(name_or_path, revision)
-    return list(config.get("image_mean") or [0.5] * 3), list(config.get("image_std") or [0.5] * 3)
+    preprocessing = Preprocessing.from_config(processor_config(name_or_path, revision), (1, 1))
+    return list(preprocessing.image_mean), list(preprocessing.image_std)

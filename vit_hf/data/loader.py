@@ -5,6 +5,7 @@ Step k takes the positions k*G to (k+1)*G of the stream, whatever the number of 
 run can start at any step. Evaluation takes every sample exactly once.
 """
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_hf.arguments import UserError
 from vit_hf.data.augment import REPLACEMENT, epoch_order, resized_crop_boxes, sample_keys, uniform
 from vit_hf.data.decode import DECODE_ERRORS, Preprocessing, crop_to_pixels, open_image, to_pixels
+from vit_hf.errors import UserError
 
 CACHE_BYTES = 1 << 30  # a set whose pixels fit in this is decoded once and kept in memory
 
@@ -137,7 +138,7 @@ class ImageBatches(torch.utils.data.Dataset):
                 pixels[row] = result
 
         with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without holding Python's lock
-            list(pool.map(decode, range(len(self.images)), chunksize=256))
+            list(pool.map(decode, range(len(self.images))))
         if self.bad and self.on_bad_image == "raise":
             raise self.error(self.bad)
         self.pixels = pixels
@@ -208,6 +209,12 @@ class ImageBatches(torch.utils.data.Dataset):
         return None
 
 
+def _leave_sigterm_to_the_parent(worker: int) -> None:
+    """Launchers and clusters signal a whole process group; the parent still needs its batches for the step at hand,
+    saves, and then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def device_batches(
     batches: ImageBatches,
     places: TrainPlaces | EvalPlaces,
@@ -228,6 +235,7 @@ def device_batches(
         num_workers=0 if batches.pixels is not None else num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or else it would draw from the one that dropout uses
+        worker_init_fn=_leave_sigterm_to_the_parent,
     )
     for batch in loader:
         found = batch.pop("bad")

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_hf.arguments import UserError
 from vit_hf.data.digits import load_digits_splits
 from vit_hf.data.glyphs import load_glyphs_splits
 from vit_hf.data.subset import SubsetRule, apply_rule, draw_samples, hold_out, resolve_classes
+from vit_hf.errors import UserError
 
 GENERATED_SETS = {"digits": load_digits_splits, "glyphs": load_glyphs_splits}
 HUB_SETS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}

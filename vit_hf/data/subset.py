@@ -16,7 +16,7 @@ from fractions import Fraction
 import datasets
 import numpy as np
 
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 
 DIGEST_BYTES = 32  # sha256
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 
 METRICS = Path(__file__).parent / "metrics"
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from vit_hf.arguments import RunArguments
-
-HUB_IDS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}
+from vit_hf.arguments import RunArguments, without_paths
+from vit_hf.data.sources import HUB_SETS
 
 
 def write_card(
@@ -32,15 +31,15 @@ def write_card(
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["vit_hf", "vision-transformer"],
-        datasets=[HUB_IDS.get(dataset, dataset)]
-        if dataset in HUB_IDS or "/" in dataset and not Path(dataset).exists()
+        datasets=[HUB_SETS.get(dataset, dataset)]
+        if dataset in HUB_SETS or "/" in dataset and not Path(dataset).exists()
         else None,
         base_model=base if is_hub_id else None,
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=HUB_IDS.get(dataset, Path(dataset).name),
+                dataset_type=HUB_SETS.get(dataset, Path(dataset).name),
                 dataset_name=Path(dataset).name,
                 dataset_split=resolved["eval_split"],
                 metric_type="accuracy",
@@ -49,7 +48,11 @@ def write_card(
         ],
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
-    origin = f"fine-tuned from `{_base_name(base)}`" if base else f"trained from scratch (`{args.preset}`)"
+    origin = (
+        f"fine-tuned from `{without_paths({'base': base})['base']}`"
+        if base
+        else f"trained from scratch (`{args.preset}`)"
+    )
     lines += [f"A Vision Transformer {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
               f"{_size(config.image_size)} pixels, {config.num_labels} classes.", ""]  # fmt: skip
     lines += [
@@ -76,14 +79,9 @@ def write_card(
             "",
         ]
     lines += ["Flags (all of them, with derived values, are in `run_config.yaml`):", "", "```yaml"]
-    lines += [f"{key}: {_base_name(value) if key == 'model_name_or_path' else value}" for key, value in run.items()]
+    lines += [f"{key}: {value}" for key, value in without_paths(run).items()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in resolved["versions"].items()) + ".", ""]
     (output_dir / "README.md").write_text("\n".join(lines))
-
-
-def _base_name(base: str) -> str:
-    """A Hub id as it is; of a local folder only the last name, since paths are nobody else's business."""
-    return Path(base).name if Path(base).exists() else base
 
 
 def _size(image_size: int | list[int]) -> str:

@@ -1,12 +1,15 @@
 """Uploads a finished folder to the Hub. Checkpoints, event logs and tokens never go along."""
 
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from vit_hf.arguments import UserError
+from vit_hf.arguments import without_paths
+from vit_hf.errors import UserError
 
 # A list of what may go, so that nothing else in the folder ever does.
 UPLOADED = [
@@ -42,11 +45,10 @@ def push(output_dir: Path, name: str, private: bool) -> str:
     try:
         api = HfApi()
         name = api.create_repo(name, private=private or None, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=output_dir,
-            allow_patterns=UPLOADED,
-            ignore_patterns=["*/*"],  # nothing of a folder inside: checkpoints, tracker logs
+        files = [path for path in sorted(output_dir.iterdir()) if path.is_file() and _goes_up(path.name)]
+        commit = api.create_commit(
+            name,
+            operations=[CommitOperationAdd(path.name, _content(path)) for path in files],
             commit_message="Upload the model trained with vit_hf",
         )
         return str(commit.repo_url)
@@ -54,8 +56,22 @@ def push(output_dir: Path, name: str, private: bool) -> str:
         include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in UPLOADED)
         raise UserError(
             f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; upload it later with: "
-            f"hf auth login && hf upload {name} {shlex.quote(str(output_dir))} . {include}"
+            f"hf auth login && hf upload {name} {shlex.quote(str(output_dir))} . {include} --exclude '*/*'"
+            + " --private"
+            * private
         ) from None
+
+
+def _goes_up(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in UPLOADED)
+
+
+def _content(path: Path) -> Path | bytes:
+    """A file as it is uploaded: run_config.yaml without the paths of this machine."""
+    if path.name != "run_config.yaml":
+        return path
+    flags = without_paths(yaml.safe_load(path.read_text()))
+    return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True).encode()
 
 
 def _one_line(error: Exception) -> str:

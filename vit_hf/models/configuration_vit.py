@@ -6,6 +6,9 @@ import dataclasses
 from typing import Any
 
 import transformers
+from transformers.activations import ACT2FN
+
+POSITIVE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
 
 
 class ViTConfig(transformers.ViTConfig):
@@ -36,8 +39,13 @@ class ViTConfig(transformers.ViTConfig):
         super().__post_init__(**kwargs)
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f"pooling: {self.pooling!r} is not one of cls, mean")
-        if self.head_hidden_size is not None and self.head_hidden_size < 1:
-            raise ValueError(f"head_hidden_size: {self.head_hidden_size} must be a positive number, or none")
+        sizes = {name: getattr(self, name) for name in POSITIVE} | {"head_hidden_size": self.head_hidden_size}
+        sizes |= {"image_size": min(_pair(self.image_size)), "patch_size": min(_pair(self.patch_size))}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: {size} is out of range, allowed is 1 or more")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act: {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
         for name in ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is out of range, allowed is 0 to below 1")

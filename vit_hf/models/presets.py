@@ -81,10 +81,13 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def load_pretrained(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, need_head: bool = False
 ) -> transformers.PreTrainedModel:
     """An image classifier from a Hub id or a folder, in fp32. `vit` and `vit_hf` become our class; any other model
     type is the repository's own class and needs `trust_remote_code` where it comes with code.
+
+    Args:
+        need_head: refuse a checkpoint without a classifier, whose logits would be random.
 
     Raises:
         ValueError: not an image classification model, or weights that do not fit their configuration.
@@ -101,7 +104,7 @@ def load_pretrained(
     model, report = model_class.from_pretrained(
         name_or_path, revision=revision, dtype=torch.float32, output_loading_info=True, **extra
     )
-    missing = [key for key in report["missing_keys"] if not key.startswith("classifier.")]
+    missing = [key for key in report["missing_keys"] if need_head or not key.startswith("classifier.")]
     misshaped = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
     if missing or misshaped:
         raise ValueError(

@@ -7,11 +7,12 @@ import sys
 from datetime import timedelta
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 from accelerate.utils import InitProcessGroupKwargs
 
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 from vit_hf.training.schedule import BatchPlan
 
 
@@ -90,4 +91,4 @@ def apply_batch_plan(accelerator: accelerate.Accelerator, plan: BatchPlan, max_g
 
 def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:
     """Seeds dropout and drop path from where the run stands, so that there is no state to save for a resume."""
-    torch.manual_seed(hash((seed, step, micro_step, rank)) % 2**63)
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> 1))

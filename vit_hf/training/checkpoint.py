@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vit_hf
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 from vit_hf.training.accelerator import zero_stage
 from vit_hf.training.ema import EMA
 
@@ -48,7 +48,7 @@ class TrainState:
 
 
 def topology(accelerator: accelerate.Accelerator) -> dict[str, Any]:
-    """What must be the same for an exact resume."""
+    """What DeepSpeed's files depend on."""
     return {
         "num_processes": accelerator.num_processes,
         "zero_stage": zero_stage(accelerator),
@@ -56,8 +56,14 @@ def topology(accelerator: accelerate.Accelerator) -> dict[str, Any]:
     }
 
 
-def save(state: TrainState, output_dir: Path, step: int, run: dict[str, Any], total_limit: int | None = None) -> None:
-    """Writes checkpoint-{step} on all processes, then removes all but the newest `total_limit` ones."""
+def save(
+    state: TrainState, output_dir: Path, step: int, record: dict[str, Any], total_limit: int | None = None
+) -> None:
+    """Writes checkpoint-{step} on all processes, then removes all but the newest `total_limit` ones.
+
+    Args:
+        record: goes into the manifest: `run` (its identity), `exactness`, `wall_time_seconds`.
+    """
     final = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f"checkpoint-{step}.tmp"
     accelerator = state.accelerator
@@ -77,7 +83,7 @@ def save(state: TrainState, output_dir: Path, step: int, run: dict[str, Any], to
     if accelerator.is_main_process:
         manifest = {
             "step": step,
-            "run": run,
+            **record,
             **topology(accelerator),
             "versions": {"vit_hf": vit_hf.__version__, "torch": torch.__version__},
             "files": {str(path.relative_to(temporary)): _describe(path) for path in _files(temporary)},
@@ -89,7 +95,8 @@ def save(state: TrainState, output_dir: Path, step: int, run: dict[str, Any], to
         temporary.rename(final)
         _sync(output_dir)
         if total_limit is not None:
-            for old in sorted(_checkpoints(output_dir), key=_step)[:-total_limit]:
+            ours = [path for path in _checkpoints(output_dir) if (path / "manifest.json").exists()]
+            for old in sorted(ours, key=_step)[:-total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -150,11 +157,27 @@ def find(output_dir: Path, resume_from: str) -> tuple[Path | None, dict[str, Any
     return None, {}, passed_over
 
 
-def load(state: TrainState, folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Puts a checkpoint into the running objects.
+def later_than(output_dir: Path, step: int) -> list[Path]:
+    """The checkpoints of later steps, which a resume from an earlier one makes obsolete."""
+    return [path for path in _checkpoints(output_dir) if _step(path) > step]
 
-    Returns:
-        Why the resume is not exact, one sentence each; [] when it continues to the bit.
+
+def move_aside(folder: Path) -> Path:
+    """Renames a checkpoint that will not be used, so that it is neither found again nor overwritten nor pruned."""
+    number = 0
+    while (aside := folder.with_name(f"{folder.name}.aside{number or ''}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what a kill in the middle of a save left."""
+    for path in output_dir.glob("checkpoint-*.tmp"):
+        shutil.rmtree(path)
+
+
+def load(state: TrainState, folder: Path, manifest: dict[str, Any]) -> None:
+    """Puts a checkpoint into the running objects.
 
     Raises:
         UserError: DeepSpeed states cannot be read by another number of processes or ZeRO stage.
@@ -172,7 +195,7 @@ def load(state: TrainState, folder: Path, manifest: dict[str, Any]) -> list[str]
         path, _ = state.engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise UserError(f"DeepSpeed found no state in {folder}")
-        return changed
+        return
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
     if state.ema is not None:
         state.ema.load_state_dict(load_file(folder / "ema.safetensors"))
@@ -180,7 +203,6 @@ def load(state: TrainState, folder: Path, manifest: dict[str, Any]) -> list[str]
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.accelerator.scaler is not None and saved["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(saved["scaler"])
-    return changed
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """average = decay x average + (1 - decay) x weights, after every step; buffers are copied.
+    """average = decay x average + (1 - decay) x weights, after every step. Buffers stay the model's own.
 
     Source: Polyak averaging as in arXiv 1512.00567, section 8. Starts from the initial weights.
     """

@@ -7,7 +7,7 @@ import threading
 import accelerate
 import torch
 
-from vit_hf.arguments import UserError
+from vit_hf.errors import UserError
 
 
 class StoppedBySignal(UserError):
@@ -46,18 +46,25 @@ class SignalGuard:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def check_finite(loss: float, first_step: int, last_step: int) -> None:
-    """Raises UserError when the mean loss over these steps is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} between steps {first_step} and {last_step}; lower --learning_rate, lengthen "
-            "--warmup_steps, set --max_grad_norm 1.0, or use bf16 instead of fp16 (accelerate's mixed_precision)"
-        )
+def not_finite(
+    loss: float, grad_norm: float, first_step: int, last_step: int, mixed_precision: str
+) -> UserError | None:
+    """The error of a loss or gradient norm that is NaN or infinite; None where both are finite. In fp16 an infinite
+    norm is usual now and then: the loss scaler leaves the step out."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value) and not (name == "gradient norm" and mixed_precision == "fp16"):
+            return UserError(
+                f"the {name} is {value} between steps {first_step} and {last_step}; lower --learning_rate, lengthen "
+                "--warmup_steps, set --max_grad_norm 1.0, or use bf16 instead of fp16 (accelerate's mixed_precision)"
+            )
+    return None
 
 
-def out_of_memory(micro_batch_size: int) -> UserError:
+def out_of_memory(micro_batch_size: int, training: bool) -> UserError:
     """The error of a device that is full, in one line."""
+    if not training:
+        return UserError("out of device memory in the evaluation; lower --per_device_eval_batch_size")
     return UserError(
-        f"out of device memory with {micro_batch_size} images at once; lower --per_device_train_batch_size (the global "
-        "batch stays: accumulation grows), or set --gradient_checkpointing"
+        f"out of device memory with {micro_batch_size} images at once; lower --per_device_train_batch_size (the "
+        "global batch stays: accumulation grows), or set --gradient_checkpointing"
     )

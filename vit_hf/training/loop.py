@@ -13,7 +13,7 @@ from torch import Tensor
 from vit_hf.training import checkpoint
 from vit_hf.training.accelerator import seed_micro_step, zero_stage
 from vit_hf.training.checkpoint import TrainState
-from vit_hf.training.guards import SignalGuard, StoppedBySignal, check_finite, out_of_memory
+from vit_hf.training.guards import SignalGuard, StoppedBySignal, not_finite, out_of_memory
 from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.tracking import Tracker, append_event, peak_memory_bytes
@@ -26,7 +26,8 @@ class LoopSettings:
     """How often things happen, and what the run is called in its checkpoints."""
 
     output_dir: Path
-    run: dict[str, Any]
+    record: dict[str, Any]  # goes into each checkpoint's manifest
+    start_time: float  # time.perf_counter() at the start of the run, less the time of earlier starts
     seed: int
     max_grad_norm: float
     logging_steps: int
@@ -90,13 +91,16 @@ def train(
             tracker.step()
 
             done = step + 1
-            stop = guard.stop_asked(done)
+            stop = guard.stop_asked(done) and done < schedule.total_steps
             save_due = stop or schedule.is_due(done, settings.save_steps)
             if save_due or schedule.is_due(done, settings.logging_steps):
                 steps = done - window_start
                 numbers = torch.stack([window_loss / (steps * plan.accumulation), _norm(state, grad_norm)])
                 mean_loss, last_norm = accelerator.reduce(numbers, reduction="mean").tolist()  # the one host sync
-                check_finite(mean_loss, window_start + 1, done)
+                if broken := not_finite(mean_loss, last_norm, window_start + 1, done, accelerator.mixed_precision):
+                    if accelerator.is_main_process:
+                        append_event(settings.output_dir, "not_finite", step=done, why=str(broken))
+                    raise broken
                 tracker.write(
                     {
                         "step": done,
@@ -111,26 +115,37 @@ def train(
                 )
                 window_loss.zero_()
                 window_start = done
-            if schedule.is_due(done, settings.eval_steps) and not stop:
-                with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
-                    engine.eval()
-                    measured = evaluate()
-                    engine.train()
-                tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured})
-            if save_due:
+            actions = [_evaluate] if schedule.is_due(done, settings.eval_steps) else []
+            actions += [_save] if save_due else []
+            for action in reversed(actions) if stop else actions:  # who stops us may not wait for an evaluation
                 with tracker.pause():
-                    checkpoint.save(state, settings.output_dir, done, settings.run, settings.save_total_limit)
-            if stop and done < schedule.total_steps:
+                    action(state, settings, schedule, done, evaluate, tracker)
+            if stop:
                 if accelerator.is_main_process:
                     append_event(settings.output_dir, "signal", signal="SIGTERM", step=done)
                 raise StoppedBySignal(
                     f"stopped by SIGTERM after checkpoint-{done}; the same command goes on from there"
                 )
     except torch.OutOfMemoryError:
-        raise out_of_memory(plan.micro_batch_size) from None
+        raise out_of_memory(plan.micro_batch_size, engine.training) from None
     finally:
         guard.release()
         tracker.close()
+
+
+def _evaluate(state, settings, schedule, done, evaluate, tracker) -> None:
+    """Evaluates the model, or its average where there is one, and writes the line."""
+    with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+        state.engine.eval()
+        measured = evaluate()
+        state.engine.train()
+    tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured})
+
+
+def _save(state, settings, schedule, done, evaluate, tracker) -> None:
+    wall_time = round(time.perf_counter() - settings.start_time, 2)
+    record = {**settings.record, "wall_time_seconds": wall_time}
+    checkpoint.save(state, settings.output_dir, done, record, settings.save_total_limit)
 
 
 def _clip(state: TrainState, max_grad_norm: float) -> Tensor | None:

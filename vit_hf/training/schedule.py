@@ -7,7 +7,7 @@ must not know about torch.
 import math
 from dataclasses import dataclass
 
-from vit_hf.arguments import ArgumentError
+from vit_hf.errors import ArgumentError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, events.jsonl, the progress bar, trackers, throughput and memory."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -90,7 +91,8 @@ class Tracker:
         """One line to metrics.jsonl (flushed), to the trackers and to the progress bar."""
         if self._file is None:
             return
-        self._file.write(json.dumps(line) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")  # JSON knows no NaN
         self._file.flush()
         numbers = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
         self._accelerator.log(numbers, step=line["step"])

@@ -1,0 +1,55 @@
+"""Errors that are the user's to change, and how a script or a command ends with one.
+
+This module must not import torch or anything else of vit_hf.
+"""
+
+import difflib
+import errno
+import os
+import sys
+import typing
+
+
+class UserError(Exception):
+    """A mistake of the user or of the surroundings: printed as one line, without a traceback; exit status 1."""
+
+    exit_status = 1
+
+
+class ArgumentError(UserError):
+    """Flags that cannot be right, whatever the data: exit status 2."""
+
+    exit_status = 2
+
+
+# errors of the system that are not ours: no space, no permission, read-only, over quota
+SURROUNDINGS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+
+
+def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
+    """Runs a script or a command and ends the process: a user's error becomes one line and its exit status."""
+    status = 0
+    try:
+        entry()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+        status = error.exit_status
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}; look at --output_dir", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Says which known names come closest: "did you mean 'a' or 'b'?", or else lists the known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = close or [k for k in known if name and (name in k or k in name)][:5]
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"known: {', '.join(known)}" if len(known) <= 12 else "--help lists the known ones"

@@ -1,0 +1,218 @@
+"""The parts of a run, each made from its flags: accelerator, data, preprocessing, batches, optimizer, evaluation.
+
+runner.py puts them together for training, `vit-hf evaluate` for evaluation.
+"""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+
+from vit_hf.arguments import RunArguments, parse_channels, parse_random_crop, trackers
+from vit_hf.data.augment import Augment, normalise
+from vit_hf.data.decode import Preprocessing
+from vit_hf.data.loader import EvalPlaces, ImageBatches, TrainPlaces, device_batches
+from vit_hf.data.sources import HUB_SETS, ImageSplits, load_image_splits
+from vit_hf.data.subset import SubsetRule, parse_subset_classes
+from vit_hf.errors import ArgumentError, UserError
+from vit_hf.evaluation.evaluate import evaluate_model
+from vit_hf.training.accelerator import apply_batch_plan, build_accelerator
+from vit_hf.training.checkpoint import TrainState
+from vit_hf.training.ema import EMA
+from vit_hf.training.optimizer import make_optimizer, parameter_groups
+from vit_hf.training.schedule import BatchPlan, Schedule
+
+
+def start(args: Any) -> accelerate.Accelerator:
+    """The Accelerator, and libraries that keep quiet on all but the main process."""
+    log_with = trackers(getattr(args, "report_to", "none"))
+    for name in log_with:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name}: the package is not installed; pip install 'vit_hf[{name}]'")
+    accelerator = build_accelerator(args.ddp_timeout, log_with, args.output_dir)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+    return accelerator
+
+
+@contextlib.contextmanager
+def model_errors(args: Any) -> Iterator[None]:
+    """Turns what models and transformers raise for a wrong name, field or file into one line."""
+    source = getattr(args, "model_name_or_path", None) or getattr(args, "model", None)
+    where = f"model {source}" if source else f"--preset {args.preset}"
+    try:
+        yield
+    except ValueError as error:
+        kind = UserError if source else ArgumentError  # a preset is known from the flags alone
+        raise kind(f"{where}: {' '.join(str(error).split())}") from None
+    except (OSError, KeyError, RuntimeError) as error:
+        raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx"):
+            raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
+        raise
+
+
+def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
+    """The two splits, on every process; the main process downloads or generates first."""
+    subset = SubsetRule(
+        fraction=args.subset_fraction,
+        per_class=args.subset_per_class,
+        classes=parse_subset_classes(args.subset_classes) if args.subset_classes else None,
+        seed=args.subset_seed,
+    )
+    with accelerator.main_process_first():
+        splits = load_image_splits(
+            args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            image_column_name=args.image_column_name,
+            label_column_name=args.label_column_name,
+            train_split=args.train_split,
+            eval_split=args.eval_split,
+            subset=subset,
+            max_train_samples=args.max_train_samples,
+            max_eval_samples=args.max_eval_samples,
+            seed=args.seed,
+        )
+    for note in splits.notes:
+        accelerator.print(f"note: {note}")
+    return splits
+
+
+def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: list[float]) -> Preprocessing:
+    """How an image becomes the model's input. ImageNet: the centre of an image whose shorter side is 256/224 of the
+    size; all others: a resize of both sides."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    centre_crop = args.dataset_name in ("imagenet-1k", HUB_SETS["imagenet-1k"])
+    return Preprocessing(
+        image_size=(height, width),
+        shortest_edge=round(min(height, width) * 256 / 224) if centre_crop else None,
+        image_mean=tuple(parse_channels("image_mean", args.image_mean) or mean),
+        image_std=tuple(parse_channels("image_std", args.image_std) or std),
+    )
+
+
+def prepare(
+    args: RunArguments, accelerator: accelerate.Accelerator, model: transformers.PreTrainedModel, plan: BatchPlan
+) -> TrainState:
+    """Model and optimizer on the device, behind DDP or DeepSpeed where the launch says so."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.torch_compile:
+        model.compile()  # in place: names in the state dict stay
+    apply_batch_plan(accelerator, plan, args.max_grad_norm)
+    optimizer = make_optimizer(
+        parameter_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay),
+        optim=args.optim,
+        learning_rate=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        momentum=args.momentum,
+    )
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMA(model, args.ema_decay) if args.ema_decay else None
+    return TrainState(accelerator, model, engine, optimizer, ema)
+
+
+def train_batches(
+    args: RunArguments,
+    split: datasets.Dataset,
+    preprocessing: Preprocessing,
+    plan: BatchPlan,
+    schedule: Schedule,
+    first_step: int,
+    accelerator: accelerate.Accelerator,
+    bad: dict[int, str],
+) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
+    """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
+    kind, amount = parse_random_crop(args.random_crop)
+    batches = ImageBatches(
+        split,
+        preprocessing,
+        seed=args.seed,
+        crop_scale=amount if kind == "scale" else None,
+        on_bad_image=args.on_bad_image,
+        training=True,
+    )
+    places = TrainPlaces(
+        num_samples=len(split),
+        seed=args.seed,
+        first_step=first_step,
+        total_steps=schedule.total_steps,
+        num_processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        micro_batch_size=plan.micro_batch_size,
+        accumulation=plan.accumulation,
+    )
+    moved = device_batches(batches, places, accelerator.device, args.dataloader_num_workers, bad)
+    return moved, batches.crops_on_device
+
+
+def make_augment(
+    args: RunArguments,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    accelerator: accelerate.Accelerator,
+    crops_on_device: bool,
+) -> Augment:
+    """The device side of the training transforms."""
+    crop = parse_random_crop(args.random_crop)
+    return Augment(
+        seed=args.seed,
+        num_classes=num_classes,
+        mean=preprocessing.image_mean,
+        std=preprocessing.image_std,
+        device=accelerator.device,
+        crop=crop if crop[0] != "scale" or crops_on_device else ("none", 0.0),
+        flip=args.random_flip,
+        mixup_alpha=args.mixup_alpha,
+        cutmix_alpha=args.cutmix_alpha,
+        label_smoothing=args.label_smoothing_factor,
+    )
+
+
+def make_evaluate(
+    args: Any,
+    engine: torch.nn.Module,
+    split: datasets.Dataset,
+    preprocessing: Preprocessing,
+    accelerator: accelerate.Accelerator,
+    bad: dict[int, str],
+    class_index: list[int] | None = None,
+) -> Callable[[], dict[str, float]]:
+    """A function that evaluates the model as it then is; decoding that can be kept is done once.
+
+    Args:
+        class_index: the model's index of each class of the dataset, where they differ.
+    """
+    batches = ImageBatches(split, preprocessing, on_bad_image=args.on_bad_image, class_index=class_index)
+    mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
+    std = torch.tensor(preprocessing.image_std, device=accelerator.device)
+    places = EvalPlaces(
+        num_samples=len(batches),
+        num_processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        batch_size=args.per_device_eval_batch_size,
+    )
+
+    def evaluate() -> dict[str, float]:
+        moved = device_batches(batches, places, accelerator.device, args.dataloader_num_workers, bad)
+        return evaluate_model(engine, moved, functools.partial(normalise, mean=mean, std=std), accelerator)
+
+    return evaluate
+
+
+def count_bad(args: Any, accelerator: accelerate.Accelerator, bad: dict[str, dict[int, str]]) -> dict[str, int]:
+    """{"bad_images": distinct rows of both splits that were left out}, over all processes; {} where none may be."""
+    if args.on_bad_image == "raise":
+        return {}
+    rows = [(split, row) for split, found in bad.items() for row in found]
+    return {"bad_images": len(set(accelerate.utils.gather_object(rows)))}
