@@ -71,6 +71,13 @@ def test_a_log_line_is_the_mean_since_the_last_one(tmp_path):
     assert [line["epoch"] for line in lines(tmp_path)] == [1.0, round(32 / 24, 4)]
 
 
+def test_mfu_is_logged_where_the_peak_is_known(tmp_path):
+    _, _, parts = make(tmp_path, steps=1)
+    train(**parts, mfu_scale=0.5)
+    (line,) = lines(tmp_path)
+    assert line["mfu"] == 0.5 * line["images_per_second"]
+
+
 def test_evaluation_and_checkpoint_come_once_an_epoch_and_at_the_end(tmp_path):
     _, _, parts = make(tmp_path, steps=7, eval_steps=None, save_steps=None)
     train(**parts)

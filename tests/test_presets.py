@@ -271,3 +271,17 @@ def test_folder_that_does_not_exist_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError):
         load_pretrained(str(tmp_path / "nowhere"))
+
+
+def test_forward_flops_agree_with_the_papers_table_and_with_a_count():
+    """ViT-B/16 at 224: 17.6 GMACs (35.1 GFLOP); a small one against torch's own counter, which counts the same."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    assert preset_config("vit-base-patch16-224", num_labels=1000).forward_flops / 1e9 == pytest.approx(35.1, abs=0.1)
+    for changes in ({}, {"pooling": "mean", "head_hidden_size": 96}):
+        config = preset_config("vit-demo-patch8-32", num_labels=7, **changes)
+        model = ViTForImageClassification(config).eval()
+        model.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, 32, 32))
+        assert counter.get_total_flops() == config.forward_flops

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vit_hf.training import tracking
-from vit_hf.training.tracking import Tracker, append_event, peak_memory_bytes, read_jsonl
+from vit_hf.training.tracking import Tracker, append_event, peak_flops, peak_memory_bytes, read_jsonl
 
 
 @pytest.fixture
@@ -123,3 +123,9 @@ def test_peak_memory_covers_what_was_taken():
     held = torch.ones(2**25)  # 128 MiB
     assert peak_memory_bytes(torch.device("cpu")) > held.nbytes
     assert peak_memory_bytes(torch.device("cpu")) < 2**40  # bytes, not kilobytes of kilobytes
+
+
+def test_peak_is_known_by_the_devices_name_and_for_16_bits_alone():
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12 and peak_flops("NVIDIA H200", "fp16") == 989e12
+    assert peak_flops("NVIDIA L4", "bf16") == 121e12 != peak_flops("NVIDIA L40S", "bf16")
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "no") is None and peak_flops("GeForce GTX 970", "bf16") is None

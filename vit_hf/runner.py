@@ -43,7 +43,7 @@ from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.loop import LoopSettings, train
 from vit_hf.training.objective import soft_cross_entropy
 from vit_hf.training.schedule import BatchPlan, Schedule, make_schedule, plan_batches
-from vit_hf.training.tracking import append_event, peak_memory_bytes, read_jsonl
+from vit_hf.training.tracking import append_event, peak_flops, peak_memory_bytes, read_jsonl
 
 Normalisation = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 BuildModel = Callable[[RunArguments, list[str]], tuple[transformers.PreTrainedModel, Normalisation]]
@@ -134,6 +134,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         objective=soft_cross_entropy,
         evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, bad["eval"]),
         extra_metrics=functools.partial(count_bad, args, accelerator, bad),
+        mfu_scale=mfu_scale(accelerator, model.config.forward_flops),
         first_step=manifest.get("step", 0),
     )
     export(args, state, preprocessing, resolved, count_bad(args, accelerator, bad), name, start_time)
@@ -217,6 +218,15 @@ def resume(state: TrainState, folder: Path, manifest: dict[str, Any], now: dict[
     )
     if state.accelerator.is_main_process:
         append_event(output_dir, "resume", folder=str(folder), step=manifest["step"], exact=not changed, why=changed)
+
+
+def mfu_scale(accelerator: accelerate.Accelerator, forward_flops: int) -> float | None:
+    """Model FLOPs utilisation for each image a second: 3 x forward FLOPs over the peak of all devices; None where no
+    peak is known. Source: arXiv 2204.02311, appendix B."""
+    if accelerator.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.mixed_precision)
+    return None if peak is None else 3 * forward_flops / (peak * accelerator.num_processes)
 
 
 def resolve(

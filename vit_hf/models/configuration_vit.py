@@ -64,6 +64,18 @@ class ViTConfig(transformers.ViTConfig):
         return height // patch_height, width // patch_width
 
     @property
+    def forward_flops(self) -> int:
+        """Floating-point operations of one image's forward pass, two for each multiply-add; norms, activations and
+        softmax are not counted. A training step takes about three times as many."""
+        patches = self.grid_size[0] * self.grid_size[1]
+        tokens = patches + (self.pooling == "cls")
+        width, head = self.hidden_size, self.head_hidden_size
+        patch_values = self.num_channels * _pair(self.patch_size)[0] * _pair(self.patch_size)[1]
+        layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * self.intermediate_size
+        head_macs = width * self.num_labels if head is None else (width + self.num_labels) * head
+        return 2 * (patches * patch_values * width + self.num_hidden_layers * layer + head_macs)
+
+    @property
     def is_stock(self) -> bool:
         """Whether transformers' own ViT is the same model."""
         return all(getattr(self, item.name) == item.default for item in own_fields())

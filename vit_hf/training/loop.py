@@ -47,6 +47,7 @@ def train(
     objective: Callable[[torch.nn.Module, Tensor, Tensor], Tensor],
     evaluate: Callable[[], dict[str, float]],
     extra_metrics: Callable[[], dict[str, Any]] = dict,
+    mfu_scale: float | None = None,
     first_step: int = 0,
 ) -> None:
     """Trains from `first_step` to the end of the schedule, writing metrics.jsonl and checkpoints as it goes.
@@ -57,6 +58,7 @@ def train(
         objective: (model, pixel_values, targets) -> mean loss.
         evaluate: called on all processes; its numbers make a line of metrics.jsonl.
         extra_metrics: more numbers for each log line.
+        mfu_scale: model FLOPs utilisation for each image a second, where it is known.
 
     Raises:
         StoppedBySignal: SIGTERM came; the checkpoint is written.
@@ -101,6 +103,9 @@ def train(
                     if accelerator.is_main_process:
                         append_event(settings.output_dir, "not_finite", step=done, why=str(broken))
                     raise broken
+                speed = tracker.window(steps * plan.global_batch_size)
+                if mfu_scale is not None:
+                    speed["mfu"] = speed["images_per_second"] * mfu_scale
                 tracker.write(
                     {
                         "step": done,
@@ -108,18 +113,19 @@ def train(
                         "loss": mean_loss,
                         "learning_rate": learning_rate,
                         "grad_norm": last_norm,
-                        **tracker.window(steps * plan.global_batch_size),
+                        **speed,
                         "peak_memory_bytes": peak_memory_bytes(device),
                         **extra_metrics(),
                     }
                 )
                 window_loss.zero_()
                 window_start = done
-            actions = [_evaluate] if schedule.is_due(done, settings.eval_steps) else []
-            actions += [_save] if save_due else []
-            for action in reversed(actions) if stop else actions:  # who stops us may not wait for an evaluation
-                with tracker.pause():
-                    action(state, settings, schedule, done, evaluate, tracker)
+            if stop:  # who stops us may not wait for an evaluation
+                _save(state, settings, done, tracker)
+            if schedule.is_due(done, settings.eval_steps):
+                _evaluate(state, schedule, done, evaluate, tracker)
+            if save_due and not stop:
+                _save(state, settings, done, tracker)
             if stop:
                 if accelerator.is_main_process:
                     append_event(settings.output_dir, "signal", signal="SIGTERM", step=done)
@@ -133,19 +139,22 @@ def train(
         tracker.close()
 
 
-def _evaluate(state, settings, schedule, done, evaluate, tracker) -> None:
+def _evaluate(
+    state: TrainState, schedule: Schedule, done: int, evaluate: Callable[[], dict[str, float]], tracker: Tracker
+) -> None:
     """Evaluates the model, or its average where there is one, and writes the line."""
-    with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+    with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         state.engine.eval()
         measured = evaluate()
         state.engine.train()
     tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured})
 
 
-def _save(state, settings, schedule, done, evaluate, tracker) -> None:
-    wall_time = round(time.perf_counter() - settings.start_time, 2)
-    record = {**settings.record, "wall_time_seconds": wall_time}
-    checkpoint.save(state, settings.output_dir, done, record, settings.save_total_limit)
+def _save(state: TrainState, settings: LoopSettings, done: int, tracker: Tracker) -> None:
+    """Writes a checkpoint that says how long the run has taken so far."""
+    record = {**settings.record, "wall_time_seconds": round(time.perf_counter() - settings.start_time, 2)}
+    with tracker.pause():
+        checkpoint.save(state, settings.output_dir, done, record, settings.save_total_limit)
 
 
 def _clip(state: TrainState, max_grad_norm: float) -> Tensor | None:

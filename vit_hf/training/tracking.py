@@ -30,6 +30,18 @@ def append_event(output_dir: Path, event: str, **details: Any) -> None:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details}) + "\n")
 
 
+# Dense 16-bit matrix products, FLOP/s. Source: the makers' data sheets (without sparsity).
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12}
+
+
+def peak_flops(device_name: str, mixed_precision: str) -> float | None:
+    """The peak of a device in 16 bits by its name; None where it is not known, or where the run does not use it."""
+    if mixed_precision not in ("bf16", "fp16"):
+        return None
+    words = device_name.replace("-", " ").split()
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: on the accelerator where it uses one, else its resident size."""
     if device.type == "cuda":
