@@ -56,7 +56,7 @@ def model_errors(args: Any) -> Iterator[None]:
     except (OSError, KeyError, RuntimeError) as error:
         raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx"):
+        if type(error).__module__.startswith(("safetensors", "huggingface_hub", "httpx")):
             raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
         raise
 
