@@ -62,6 +62,7 @@ def fails(tmp_path, capsys):
         (r"--image_std: '0' is not", dict(image_std="0")),
         (r"--image_std: 'nan' is not", dict(image_std="nan")),
         (r"--num_train_epochs: 'inf' is not a number", dict(num_train_epochs="inf", max_steps=None)),
+        (r"--random_crop: padding=32 is not below the image's side of 32 pixels", dict(random_crop="padding=32")),
         (r"--seed: 99999999999 is out of range, allowed is from 0 to 4294967295", dict(seed=99999999999)),
         (r"--adam_beta1: 1.0 would never", dict(adam_beta1=1)),
         (r"num_channels is 1, .* allowed is 3", dict(config_overrides="num_channels=1")),
@@ -106,6 +107,8 @@ def test_a_flag_wins_over_the_file_and_over_the_files_alternative(tmp_path):
     ("pattern", "flags"),
     [
         (r"dataset_name.*digitz.*digits", dict(dataset_name="digitz")),
+        (r"--dataset_name ./nowhere: no such folder", dict(dataset_name="./nowhere")),
+        (r"model tests/nowhere cannot be loaded: no such folder", dict(preset=None, config_overrides=None, model_name_or_path="tests/nowhere")),
         (r"--image_column_name.*pixels.*image", dict(image_column_name="pixels")),
         (r"--eval_split.*dev.*test", dict(eval_split="dev")),
         (r"--subset_classes.*eleven", dict(subset_classes="3,eleven")),
@@ -143,10 +146,17 @@ def test_an_output_folder_that_is_a_file(fails, tmp_path):
     fails(1, r"--output_dir: .*file is a file; name a folder", output_dir=tmp_path / "file")
 
 
+def test_files_of_something_else_are_not_overwritten(fails, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("my notes")
+    fails(1, r"--output_dir: .*mine holds README.md of something else", output_dir=tmp_path / "mine")
+    assert (tmp_path / "mine/README.md").read_text() == "my notes"
+
+
 def test_a_tracker_that_is_not_installed(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    fails(1, r"--report_to wandb: the package is not installed; pip install 'vit_hf\[wandb\]'", report_to="wandb")
+    fails(1, r"--report_to wandb: the package is not installed; pip install -e '.\[wandb\]'", report_to="wandb")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(fails, tmp_path):

@@ -405,12 +405,17 @@ def test_gated_imagenet_says_where_to_ask_and_how_to_log_in(hub):
     )
 
 
-@pytest.mark.parametrize("name", ["glyph", "someone/no-such-set", "/no/such/folder", "./glyph", "a b"])
+@pytest.mark.parametrize("name", ["glyph", "someone/no-such-set", "a b"])
 def test_an_unknown_name_lists_the_named_sets(hub, name):
     message = _message(name)
     assert message.startswith(f"--dataset_name {name}: not a named set, not a folder, and the Hub has no")
     assert "named sets: digits, glyphs, cifar10, imagenet-1k" in message
     assert ("nearest: glyphs" in message) == ("glyph" in name)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./glyph"])
+def test_a_path_is_not_sought_on_the_hub(name):
+    assert _message(name) == f"--dataset_name {name}: no such folder"
 
 
 def test_no_connection_is_one_line(offline):

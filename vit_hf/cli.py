@@ -47,7 +47,7 @@ def evaluate(argv: list[str]) -> None:
     from vit_hf.data.subset import SubsetRule
     from vit_hf.hub.export import write_json
     from vit_hf.models.presets import load_pretrained
-    from vit_hf.parts import count_bad, make_evaluate, model_errors, start
+    from vit_hf.parts import count_bad, main_process_first, make_evaluate, model_errors, start
 
     accelerator = start(args)
     with model_errors(args):
@@ -69,11 +69,10 @@ def evaluate(argv: list[str]) -> None:
         need_train=False,
     )
     known = list(model.config.id2label.values())
-    with accelerator.main_process_first():
-        splits = load()
-        if set(known) < set(splits.class_names):  # trained with --subset_classes
-            splits = load(subset=SubsetRule(classes=known))
-            accelerator.print(f"note: the model knows {len(known)} of the classes; only their images are evaluated")
+    splits = main_process_first(accelerator, load)
+    if set(known) < set(splits.class_names):  # trained with --subset_classes
+        splits = main_process_first(accelerator, functools.partial(load, subset=SubsetRule(classes=known)))
+        accelerator.print(f"note: the model knows {len(known)} of the classes; only their images are evaluated")
     class_index = match_classes(splits.class_names, known)
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import datasets
@@ -28,13 +28,15 @@ from vit_hf.training.ema import EMA
 from vit_hf.training.optimizer import make_optimizer, parameter_groups
 from vit_hf.training.schedule import BatchPlan, Schedule
 
+T = TypeVar("T")
+
 
 def start(args: Any) -> accelerate.Accelerator:
     """The Accelerator, and libraries that keep quiet on all but the main process."""
     log_with = trackers(getattr(args, "report_to", "none"))
     for name in log_with:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name}: the package is not installed; pip install 'vit_hf[{name}]'")
+            raise UserError(f"--report_to {name}: the package is not installed; pip install -e '.[{name}]'")
     accelerator = build_accelerator(args.ddp_timeout, log_with, args.output_dir)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -61,6 +63,22 @@ def model_errors(args: Any) -> Iterator[None]:
         raise
 
 
+def main_process_first(accelerator: accelerate.Accelerator, function: Callable[[], T]) -> T:
+    """Calls a function on the main process, then on the others, which find its caches. A user's error on the main
+    process ends all of them alike, instead of leaving the others to wait for a process that is gone."""
+    outcome: list[Any] = [None]
+    result = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except UserError as error:
+            outcome = [error.with_traceback(None)]
+    error = accelerate.utils.broadcast_object_list(outcome)[0]
+    if error is not None:
+        raise error
+    return result if accelerator.is_main_process else function()
+
+
 def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
     """The two splits, on every process; the main process downloads or generates first."""
     subset = SubsetRule(
@@ -69,8 +87,10 @@ def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> Imag
         classes=parse_subset_classes(args.subset_classes) if args.subset_classes else None,
         seed=args.subset_seed,
     )
-    with accelerator.main_process_first():
-        splits = load_image_splits(
+    splits = main_process_first(
+        accelerator,
+        functools.partial(
+            load_image_splits,
             args.dataset_name,
             dataset_config_name=args.dataset_config_name,
             image_column_name=args.image_column_name,
@@ -81,7 +101,8 @@ def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> Imag
             max_train_samples=args.max_train_samples,
             max_eval_samples=args.max_eval_samples,
             seed=args.seed,
-        )
+        ),
+    )
     for note in splits.notes:
         accelerator.print(f"note: {note}")
     return splits
@@ -92,6 +113,11 @@ def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: 
     size; all others: a resize of both sides."""
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
+    kind, amount = parse_random_crop(args.random_crop)
+    if kind == "padding" and amount >= min(height, width):
+        raise ArgumentError(
+            f"--random_crop: padding={amount:g} is not below the image's side of {min(height, width)} pixels"
+        )
     centre_crop = args.dataset_name in ("imagenet-1k", HUB_SETS["imagenet-1k"])
     return Preprocessing(
         image_size=(height, width),

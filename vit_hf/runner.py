@@ -46,6 +46,14 @@ from vit_hf.training.schedule import BatchPlan, Schedule, make_schedule, plan_ba
 from vit_hf.training.tracking import append_event, peak_flops, peak_memory_bytes, read_jsonl
 
 Normalisation = tuple[list[float], list[float]]  # mean and standard deviation of each channel
+WRITTEN = (
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "metrics.jsonl",
+    "all_results.json",
+)
 BuildModel = Callable[[RunArguments, list[str]], tuple[transformers.PreTrainedModel, Normalisation]]
 
 
@@ -164,7 +172,13 @@ def is_finished(args: RunArguments, output_dir: Path) -> bool:
     config = output_dir / "run_config.yaml"
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
-    if not (output_dir / "all_results.json").exists() or not config.exists():
+    foreign = [name for name in WRITTEN if not config.exists() and (output_dir / name).exists()]
+    if foreign:
+        raise UserError(
+            f"--output_dir: {output_dir} holds {', '.join(foreign)} of something else, which the run would overwrite; "
+            "name another folder"
+        )
+    if not (output_dir / "all_results.json").exists():
         return False
     check_same_run(args, output_dir, yaml.safe_load(config.read_text()) or {})
     return args.resume_from_checkpoint == "auto"
@@ -277,7 +291,8 @@ def describe(
 ) -> None:
     """Prints what will be run."""
     accelerator.print(
-        f"model: {args.preset or args.model_name_or_path}, {resolved['num_parameters'] / 1e6:.2f} M parameters, "
+        f"model: {args.preset or args.model_name_or_path}, "
+        f"from {'random' if args.preset else 'its'} weights, {resolved['num_parameters'] / 1e6:.2f} M parameters, "
         f"{resolved['num_classes']} classes\n"
         f"data: {args.dataset_name}, {resolved['train_samples']} training images ({resolved['train_split']}), "
         f"{resolved['eval_samples']} evaluation images ({resolved['eval_split']})\n"
@@ -313,6 +328,7 @@ def export(
         print(
             f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "
             f"({resolved['eval_split']}); {output_dir}"
+            + (f"; {counted['bad_images']} bad images skipped" if counted.get("bad_images") else "")
         )
         if args.push_to_hub:
             push_folder(args, output_dir, name)

@@ -160,8 +160,15 @@ def test_evaluate_counts_each_sample_once_on_two_processes(single, tmp_path):
     assert "450" in alone.stdout and "eval_accuracy" in alone.stdout
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_a_checkpoint_exits_143_and_goes_on(tmp_path, workers):
+def test_a_wrong_data_flag_ends_both_processes_in_a_line(tmp_path):
+    result = launch("pretrain", "cpu_2proc", output_dir=tmp_path, subset_classes="1,cat", **RUN)
+    assert result.returncode == 1
+    assert re.search(r"^error: --subset_classes: 'cat' is not a class", result.stderr, re.M)
+    assert "vit_hf/" not in result.stderr  # no traceback of ours, on any process
+
+
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on(tmp_path, workers, number):
     """To the whole process group, as launchers and clusters send it, decoding workers included."""
     folder = tmp_path / "run"
     flags = {**RUN, "max_steps": 40, "save_steps": 1000, "eval_steps": 1000, "per_device_train_batch_size": 1}
@@ -178,10 +185,10 @@ def test_sigterm_saves_a_checkpoint_exits_143_and_goes_on(tmp_path, workers):
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143 and "Traceback" not in errors
-    assert "stopped by SIGTERM after checkpoint-" in errors
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert f"stopped by {number.name} after checkpoint-" in errors
     step = int(re.search(r"after checkpoint-(\d+)", errors)[1])
     assert 0 < step < 40 and (folder / f"checkpoint-{step}/manifest.json").exists()
     in_process("pretrain", output_dir=folder, **flags)

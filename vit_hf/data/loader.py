@@ -6,6 +6,7 @@ run can start at any step. Evaluation takes every sample exactly once.
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,10 +210,11 @@ class ImageBatches(torch.utils.data.Dataset):
         return None
 
 
-def _leave_sigterm_to_the_parent(worker: int) -> None:
-    """Launchers and clusters signal a whole process group; the parent still needs its batches for the step at hand,
-    saves, and then ends its workers."""
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Launchers, clusters and Ctrl-C signal a whole process group; the parent still needs its batches for the step at
+    hand, saves, and then ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def device_batches(
@@ -235,14 +237,17 @@ def device_batches(
         num_workers=0 if batches.pixels is not None else num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or else it would draw from the one that dropout uses
-        worker_init_fn=_leave_sigterm_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     for batch in loader:
         found = batch.pop("bad")
         replaced = not batches.training or bool(batch["valid"].all())  # on the host still: no wait for the device
         if found and (batches.on_bad_image == "raise" or not replaced):
             raise batches.error(found)
-        bad.update(found)
+        for row in found.keys() - bad.keys():
+            if len(bad) < 10:  # all are counted; the first ones are shown
+                print(f"warning: skipping row {row}: {found[row]}", file=sys.stderr)
+            bad[row] = found[row]
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
         yield batch

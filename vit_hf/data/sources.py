@@ -147,6 +147,8 @@ def _load_source(name: str, config_name: str | None, revision: str | None, cache
         return GENERATED_SETS[name](cache_dir=cache_dir)
     path = HUB_SETS.get(name, os.path.expanduser(name))
     is_folder = name not in HUB_SETS and os.path.isdir(path)
+    if not is_folder and name.startswith(("/", ".", "~")):
+        raise UserError(f"--dataset_name {name}: no such folder")
     try:
         if is_folder and {"dataset_dict.json", "state.json"} & set(os.listdir(path)):  # save_to_disk made it
             loaded = datasets.load_from_disk(path)

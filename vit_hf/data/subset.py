@@ -168,10 +168,11 @@ def select_indices(
     else:
         quotas = np.zeros_like(counts)
         quotas[kept_classes] = rule.per_class
-        for index in kept_classes[counts[kept_classes] < rule.per_class]:
+        index = kept_classes[np.argmin(counts[kept_classes])]
+        if counts[index] < rule.per_class:
             raise UserError(
                 f"--subset_per_class {rule.per_class}: class {class_names[index]!r} has {counts[index]} training "
-                f"images, so at most {counts[kept_classes].min()} of each class can be kept"
+                f"images, so no more of each class can be kept"
             )
     ranks = _ranks_within_class(labels[rows], *_content_keys(content_digests(rows), rule.seed))
     return rows[ranks < quotas[labels[rows]]]

@@ -64,9 +64,10 @@ def write_card(
         "",
     ]
     lines += ["![learning curves](learning_curves.png)", ""]
+    where = name if "/" in name else f"PATH/TO/{name}"
     remote = ", trust_remote_code=True" if config.model_type == "vit_hf" and not config.is_stock else ""
     lines += ["## Use", "", "```python", "from transformers import pipeline", "",
-              f'classify = pipeline("image-classification", "{name}"{remote})', 'classify("image.png")', "```", ""]  # fmt: skip
+              f'classify = pipeline("image-classification", "{where}"{remote})', 'classify("image.png")', "```", ""]  # fmt: skip
     lines += ["## Training", "", f"{results['train_samples']} images, {resolved['total_steps']} steps of "
               f"{args.global_batch_size}; wall time {results['wall_time_seconds']:.0f} s; {resolved['device']}.", ""]  # fmt: skip
     if resolved.get("subset"):

@@ -93,7 +93,8 @@ def load_pretrained(
         ValueError: not an image classification model, or weights that do not fit their configuration.
         OSError: no such folder or repository.
     """
-    if name_or_path.startswith(("/", ".", "~")) and not os.path.isdir(name_or_path):
+    looks_local = name_or_path.startswith(("/", ".", "~")) or os.path.isdir(name_or_path.partition("/")[0])
+    if looks_local and not os.path.isdir(name_or_path):
         raise OSError("no such folder")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
     model_class = transformers.AutoModelForImageClassification

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 
 import accelerate
@@ -11,39 +12,49 @@ from vit_hf.errors import UserError
 
 
 class StoppedBySignal(UserError):
-    """SIGTERM came; a complete checkpoint was written. Exit status 143 = 128 + SIGTERM."""
+    """SIGTERM or Ctrl-C came; a complete checkpoint was written. Exit status 128 + the signal's number."""
 
-    exit_status = 143
+    def __init__(self, number: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after checkpoint-{step}; the same command goes on from there"
+        )
+        self.exit_status = 128 + number
 
 
 class SignalGuard:
-    """Remembers a SIGTERM until the step is over, and lets all processes agree to stop at the same step."""
+    """Remembers a SIGTERM or a Ctrl-C until the step is over, and lets all processes agree to stop at the same step. A
+    second Ctrl-C stops at once."""
 
     def __init__(self, accelerator: accelerate.Accelerator, agree_every: int = 10):
         self._accelerator = accelerator
         self._agree_every = agree_every
-        self._received = False
-        self._previous = None
+        self.received: int | None = None
+        self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._remember)
 
-    def _remember(self, signum, frame) -> None:
-        self._received = True
+    def _remember(self, number, frame) -> None:
+        if number == signal.SIGINT:
+            if self.received == signal.SIGINT:
+                raise KeyboardInterrupt
+            print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+        self.received = number
 
     def stop_asked(self, steps: int) -> bool:
         """Whether to stop after so many steps. One process knows at once; several ask each other every few steps,
         since asking makes the host wait for the device."""
         if self._accelerator.num_processes == 1:
-            return self._received
+            return self.received is not None
         if steps % self._agree_every:
             return False
-        flag = torch.tensor(float(self._received), device=self._accelerator.device)
+        flag = torch.tensor(float(self.received is not None), device=self._accelerator.device)
         return self._accelerator.reduce(flag, reduction="sum").item() > 0
 
     def release(self) -> None:
-        """Gives the signal back to whoever had it."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def not_finite(

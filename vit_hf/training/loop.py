@@ -1,6 +1,7 @@
 """train(): the one loop. It is handed a model, batches on the device, and functions; it knows no dataset and no Hub."""
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def train(
         mfu_scale: model FLOPs utilisation for each image a second, where it is known.
 
     Raises:
-        StoppedBySignal: SIGTERM came; the checkpoint is written.
+        StoppedBySignal: SIGTERM or Ctrl-C came; the checkpoint is written.
         UserError: the loss is not finite, or the device is full.
     """
     accelerator, engine, optimizer = state.accelerator, state.engine, state.optimizer
@@ -127,11 +128,10 @@ def train(
             if save_due and not stop:
                 _save(state, settings, done, tracker)
             if stop:
+                number = guard.received or signal.SIGTERM  # another process may have been the one that received it
                 if accelerator.is_main_process:
-                    append_event(settings.output_dir, "signal", signal="SIGTERM", step=done)
-                raise StoppedBySignal(
-                    f"stopped by SIGTERM after checkpoint-{done}; the same command goes on from there"
-                )
+                    append_event(settings.output_dir, "signal", signal=signal.Signals(number).name, step=done)
+                raise StoppedBySignal(number, done)
     except torch.OutOfMemoryError:
         raise out_of_memory(plan.micro_batch_size, engine.training) from None
     finally:
