@@ -37,6 +37,8 @@ def test_evaluate_repeats_the_runs_own_evaluation(trained, capsys):
 def test_classes_are_matched_by_name():
     assert match_classes(["ship", "cat"], ["cat", "dog", "ship"]) == [2, 0]
     assert match_classes(["a", "b"], ["LABEL_0", "LABEL_1"]) is None
+    assert match_classes(["crane", "cat", "crane"], ["crane", "cat", "crane"]) == [0, 1, 2]  # a name may repeat
+    assert match_classes(["crane", "cat", "other crane"], ["crane", "cat", "crane"]) is None
     with pytest.raises(UserError, match="the model has 3 classes .* the dataset 2 others"):
         match_classes(["a", "b"], ["cat", "dog", "ship"])
 

@@ -1,7 +1,7 @@
 """What a run is told: the flags of both scripts, their YAML file, and every check that needs no data and no model.
 
 A recipe (`--config FILE.yaml`) holds the same names as the flags; a flag wins over the file. This module must not
-import torch, transformers or anything else of vit_hf, so that `--help` and a wrong flag answer at once.
+import torch, transformers or more of vit_hf than its errors, so that `--help` and a wrong flag answer at once.
 """
 
 import argparse
@@ -428,9 +428,7 @@ def without_paths(flags: dict[str, Any]) -> dict[str, Any]:
     named = ("output_dir", "model_name_or_path", "dataset_name", "subset_classes", "resume_from_checkpoint")
 
     def public(name: str, value: Any) -> Any:
-        is_path = (
-            name in (*named, "base") and isinstance(value, str) and (os.path.exists(value) or os.path.isabs(value))
-        )
+        is_path = name in named and isinstance(value, str) and (os.path.exists(value) or os.path.isabs(value))
         return Path(value).name if is_path else value
 
     return {name: public(name, value) for name, value in flags.items()}

@@ -70,7 +70,7 @@ def evaluate(argv: list[str]) -> None:
     )
     known = list(model.config.id2label.values())
     splits = main_process_first(accelerator, load)
-    if set(known) < set(splits.class_names):  # trained with --subset_classes
+    if len(known) < len(splits.class_names) and set(known) < set(splits.class_names):  # trained with --subset_classes
         splits = main_process_first(accelerator, functools.partial(load, subset=SubsetRule(classes=known)))
         accelerator.print(f"note: the model knows {len(known)} of the classes; only their images are evaluated")
     class_index = match_classes(splits.class_names, known)
@@ -103,12 +103,15 @@ def trained_seed(args: EvaluateArguments) -> int:
 
 
 def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int] | None:
-    """For each class of the dataset its index in the model; None: the names tell nothing, the numbers agree.
+    """For each class of the dataset its index in the model; None: the names tell nothing, the numbers agree. (Names may
+    repeat: ImageNet's WordNet lemmas have two cranes, and a name that repeats finds no index.)
 
     Raises:
         UserError: the model has no such classes.
     """
-    if set(dataset_names) <= set(model_names):
+    if dataset_names == model_names:
+        return list(range(len(model_names)))
+    if set(dataset_names) <= set(model_names) and len(set(model_names)) == len(model_names):
         return [model_names.index(name) for name in dataset_names]
     if len(dataset_names) == len(model_names):
         return None

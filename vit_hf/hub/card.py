@@ -23,7 +23,7 @@ def write_card(
     told = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
     defaults = {item.name: item.default for item in dataclasses.fields(args)}
     private = ("output_dir", "hub_model_id", "push_to_hub", "hub_private_repo")
-    run = {key: value for key, value in told.items() if value != defaults[key] and key not in private}
+    run = without_paths({key: told[key] for key in told if told[key] != defaults[key] and key not in private})
     dataset = args.dataset_name
     base = args.model_name_or_path
     is_hub_id = base is not None and not Path(base).exists()
@@ -48,11 +48,7 @@ def write_card(
         ],
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
-    origin = (
-        f"fine-tuned from `{without_paths({'base': base})['base']}`"
-        if base
-        else f"trained from scratch (`{args.preset}`)"
-    )
+    origin = f"fine-tuned from `{run['model_name_or_path']}`" if base else f"trained from scratch (`{args.preset}`)"
     lines += [f"A Vision Transformer {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
               f"{_size(config.image_size)} pixels, {config.num_labels} classes.", ""]  # fmt: skip
     lines += [
@@ -65,7 +61,7 @@ def write_card(
     ]
     lines += ["![learning curves](learning_curves.png)", ""]
     where = name if "/" in name else f"PATH/TO/{name}"
-    remote = ", trust_remote_code=True" if config.model_type == "vit_hf" and not config.is_stock else ""
+    remote = "" if config.is_stock else ", trust_remote_code=True"
     lines += ["## Use", "", "```python", "from transformers import pipeline", "",
               f'classify = pipeline("image-classification", "{where}"{remote})', 'classify("image.png")', "```", ""]  # fmt: skip
     lines += ["## Training", "", f"{results['train_samples']} images, {resolved['total_steps']} steps of "
@@ -80,7 +76,7 @@ def write_card(
             "",
         ]
     lines += ["Flags (all of them, with derived values, are in `run_config.yaml`):", "", "```yaml"]
-    lines += [f"{key}: {value}" for key, value in without_paths(run).items()]
+    lines += [f"{key}: {value}" for key, value in run.items()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in resolved["versions"].items()) + ".", ""]
     (output_dir / "README.md").write_text("\n".join(lines))
 

@@ -53,12 +53,11 @@ def push(output_dir: Path, name: str, private: bool) -> str:
         )
         return str(commit.repo_url)
     except Exception as error:  # every fault of network and Hub ends alike: the folder stays, the user can repeat it
-        include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in UPLOADED)
+        options = " ".join(f"--include {shlex.quote(pattern)}" for pattern in UPLOADED) + " --exclude '*/*'"
+        options += " --private" if private else ""
         raise UserError(
             f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; upload it later with: "
-            f"hf auth login && hf upload {name} {shlex.quote(str(output_dir))} . {include} --exclude '*/*'"
-            + " --private"
-            * private
+            f"hf auth login && hf upload {name} {shlex.quote(str(output_dir))} . {options}"
         ) from None
 
 

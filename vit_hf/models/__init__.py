@@ -1,6 +1,6 @@
 """The model family. Importing it registers the `vit_hf` model type with the Auto classes of transformers.
 
-This folder imports torch, transformers and its own files only: the Hub copies it as the code of a repository.
+This folder imports nothing of vit_hf but its own files: the Hub copies them as the code of a repository.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
