@@ -33,7 +33,7 @@ def check_run(words):
     check(args)
     changes = parse_overrides(args.config_overrides)
     if args.preset is not None:
-        preset_config(args.preset, **changes)
+        preset_config(args.preset, changes)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

@@ -14,7 +14,8 @@ from torch import nn
 
 from vit_hf.data.decode import Preprocessing, to_pixels
 from vit_hf.models import ViTConfig, ViTForImageClassification, ViTModel
-from vit_hf.models.layers import DropPath, Layer, resize_position_embeddings
+from vit_hf.models.layers import DropPath, Layer
+from vit_hf.models.positions import resize_position_embeddings
 from vit_hf.models.presets import PRESETS
 
 NAMES = {0: "cat", 1: "dog", 2: "ship"}
@@ -61,17 +62,17 @@ def test_logits_equal_stock_for_every_preset(preset):
     width = 4 * fields["num_attention_heads"]
     small = dict(hidden_size=width, num_hidden_layers=2, intermediate_size=4 * width, num_labels=7)
     config = ViTConfig(**{**fields, **small})
-    stock = randomised(transformers.ViTForImageClassification(config.to_stock()))
-    ours = ViTForImageClassification(config).eval()
+    stock = randomised(transformers.ViTForImageClassification(config.to_stock())).double()
+    ours = ViTForImageClassification(config).eval().double()
     ours.load_state_dict(stock.state_dict())  # strict: the same names and shapes
-    pixel_values = images(fields["image_size"], fields["image_size"])
+    pixel_values = images(fields["image_size"], fields["image_size"]).double()
     with torch.no_grad():
         expected = stock(pixel_values, output_hidden_states=True)
         found = ours(pixel_values, output_hidden_states=True)
     assert expected.logits.std() > 0.01  # not all the same
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-9)
     assert len(found.hidden_states) == len(expected.hidden_states) == 3
-    torch.testing.assert_close(found.hidden_states[1], expected.hidden_states[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.hidden_states[1], expected.hidden_states[1], rtol=0, atol=1e-9)
 
 
 def test_dropout_and_no_qkv_bias_are_as_in_stock():

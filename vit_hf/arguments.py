@@ -239,13 +239,15 @@ def read_config(path: str | Path, cls: type) -> dict[str, Any]:
     return {name: _convert(name, value, fields[name]) for name, value in content.items()}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ours."""
+
     def error(self, message: str):  # argparse's own faults (a flag without its value) in the form of ours
         raise ArgumentError(message)
 
 
-def _parser(cls: type, prog: str, description: str, positional: str | None) -> _Parser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def _parser(cls: type, prog: str, description: str, positional: str | None) -> Parser:
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if positional is None:
         parser.add_argument("--config", help="YAML file with the same names as the flags; a flag wins over the file")
     groups = {}

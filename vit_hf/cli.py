@@ -1,6 +1,5 @@
-"""The command `vit-hf`: evaluate a model on all processes; put finished runs side by side."""
+"""The command `vit-hf`: what models there are, their evaluation and conversion; finished runs side by side."""
 
-import argparse
 import functools
 import json
 import sys
@@ -9,12 +8,14 @@ from typing import Any
 
 import yaml
 
-from vit_hf.arguments import EvaluateArguments, parse
+from vit_hf.arguments import EvaluateArguments, Parser, parse
 from vit_hf.errors import ArgumentError, UserError, exit_with, nearest
 
 USAGE = """usage: vit-hf COMMAND ...
 
 commands:
+  models [NAME]                        the presets: size, operations and memory of each; the shapes inside one
+  convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
   report RUN [RUN ...]                 finished runs side by side: a table and a PNG of their curves
 
@@ -28,13 +29,91 @@ def main() -> None:
 
 def dispatch(argv: list[str]) -> None:
     """Runs one command. Raises ArgumentError for one that does not exist."""
-    commands = {"evaluate": evaluate, "report": report}
+    commands = {"models": models, "convert": convert, "evaluate": evaluate, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
     if argv[0] not in commands:
         raise ArgumentError(f"unknown command {argv[0]!r}, {nearest(argv[0], commands)}")
     commands[argv[0]](argv[1:])
+
+
+def models(argv: list[str]) -> None:
+    """Lists the presets, one a line, at 1,000 classes; or shows what becomes of an image in one of them."""
+    parser = Parser(prog="vit-hf models", description=models.__doc__)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a preset")
+    parser.add_argument("--config_overrides", help='with NAME: fields of its configuration, e.g. "pooling=mean"')
+    args = parser.parse_args(argv)
+    if args.config_overrides and not args.name:
+        raise ArgumentError("--config_overrides goes with the NAME of a preset")
+    from vit_hf.models.presets import PRESETS, parse_overrides, preset_config
+    from vit_hf.models.summary import stages, summarise
+
+    form = "{:38} {:>10}  {:>6}  {:>8}  {:>9}  {:>9}"
+    header = form.format("preset", "parameters", "tokens", "GFLOPs", "states", "an image")
+    try:
+        changes = parse_overrides(args.config_overrides)
+        configs = {name: preset_config(name, changes, num_labels=1000) for name in ([args.name] if args.name else PRESETS)}
+    except ValueError as error:
+        raise ArgumentError(f"model {args.name}: {error}") from None
+    print(header)
+    for name, config in configs.items():
+        size = summarise(config)
+        row = form.format(
+            name,
+            f"{size.num_parameters / 1e6:.1f} M",
+            size.num_tokens or "-",
+            f"{size.forward_flops / 1e9:.1f}",
+            f"{size.state_bytes / 2**30:.2f} GiB",
+            f"{size.activation_bytes / 2**20:.1f} MiB",
+        )
+        print(row, flush=True)
+    if args.name:
+        parts = [("part", "shape, for one image")]
+        parts += [(part, " x ".join(map(str, shape))) for part, shape in stages(configs[args.name])]
+        width = max(len(part) for part, _ in parts)
+        print("\n" + "\n".join(f"{part:{width}}  {shape}" for part, shape in parts))
+    print(
+        "\nGFLOPs: one image forward, two operations a multiply-add. Memory of training, before what the framework "
+        "itself takes: states (fp32 weights, gradients, AdamW) + images at once x an image (bf16 mixed precision)."
+    )
+
+
+def convert(argv: list[str]) -> None:
+    """Converts weights: from timm (a Hub folder, or a .safetensors file), google-research/vision_transformer (.npz) or a
+    model folder, to a model folder or to timm's."""
+    parser = Parser(prog="vit-hf convert", description=convert.__doc__)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder, .safetensors or .npz file")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder to write; it must not hold a model yet")
+    parser.add_argument("--to", default="vit_hf", metavar="{vit_hf,timm}", help="whose format (default: vit_hf)")
+    args = parser.parse_args(argv)
+    if args.to not in ("vit_hf", "timm"):
+        raise ArgumentError(f"--to: {args.to!r} is not one of vit_hf, timm")
+    if (args.directory / "config.json").exists() or args.directory.is_file():
+        raise UserError(f"{args.directory} holds a model already, or is a file; name another folder")
+    import transformers
+
+    from vit_hf.data.decode import Preprocessing, processor_normalisation
+    from vit_hf.models.configuration_vit import pair
+    from vit_hf.models.convert import load_source, save_timm
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, normalisation = load_source(args.source)
+        mean, std = normalisation or processor_normalisation(str(args.source), None)
+        if args.to == "timm":
+            save_timm(model, args.directory, mean, std)
+        else:
+            size = pair(model.config.image_size)
+            model.save_pretrained(args.directory)
+            Preprocessing(size, image_mean=tuple(mean), image_std=tuple(std)).image_processor().save_pretrained(
+                args.directory
+            )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{args.source}: {' '.join(str(error).split())}") from None
+    kind = "timm" if args.to == "timm" else ("stock vit" if model.config.is_stock else model.config.model_type)
+    print(f"{args.directory}: {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
 def evaluate(argv: list[str]) -> None:
@@ -123,7 +202,7 @@ def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int]
 
 def report(argv: list[str]) -> None:
     """Prints a table of finished runs and draws their learning curves."""
-    parser = argparse.ArgumentParser(prog="vit-hf report", description=report.__doc__)
+    parser = Parser(prog="vit-hf report", description=report.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--output_dir", type=Path, help="where learning_curves.png goes (default: beside the runs)")
     args = parser.parse_args(argv)

@@ -132,9 +132,13 @@ def prepare(
 ) -> TrainState:
     """Model and optimizer on the device, behind DDP or DeepSpeed where the launch says so."""
     if args.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"--gradient_checkpointing: {type(model).__name__} has no checkpoints to recompute from")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.torch_compile:
         model.compile()  # in place: names in the state dict stay
+    if args.layer_decay < 1 and model.base_model_prefix != "vit":
+        raise UserError(f"--layer_decay: {args.layer_decay} is for the layers of a ViT, allowed for this model is 1")
     apply_batch_plan(accelerator, plan, args.max_grad_norm)
     optimizer = make_optimizer(
         parameter_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay),

@@ -26,6 +26,7 @@ from vit_hf.errors import UserError
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
 from vit_hf.hub.push import find_repository, push
+from vit_hf.models.summary import summarise
 from vit_hf.parts import (
     count_bad,
     load_splits,
@@ -142,7 +143,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         objective=soft_cross_entropy,
         evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, bad["eval"]),
         extra_metrics=functools.partial(count_bad, args, accelerator, bad),
-        mfu_scale=mfu_scale(accelerator, model.config.forward_flops),
+        mfu_scale=mfu_scale(accelerator, model.config),
         first_step=manifest.get("step", 0),
     )
     export(args, state, preprocessing, resolved, count_bad(args, accelerator, bad), name, start_time)
@@ -234,13 +235,13 @@ def resume(state: TrainState, folder: Path, manifest: dict[str, Any], now: dict[
         append_event(output_dir, "resume", folder=str(folder), step=manifest["step"], exact=not changed, why=changed)
 
 
-def mfu_scale(accelerator: accelerate.Accelerator, forward_flops: int) -> float | None:
+def mfu_scale(accelerator: accelerate.Accelerator, config: transformers.PreTrainedConfig) -> float | None:
     """Model FLOPs utilisation for each image a second: 3 x forward FLOPs over the peak of all devices; None where no
     peak is known. Source: arXiv 2204.02311, appendix B."""
     if accelerator.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.mixed_precision)
-    return None if peak is None else 3 * forward_flops / (peak * accelerator.num_processes)
+    return None if peak is None else 3 * summarise(config).forward_flops / (peak * accelerator.num_processes)
 
 
 def resolve(

@@ -10,6 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from vit_hf.arguments import RunArguments, without_paths
 from vit_hf.data.sources import HUB_SETS
 
+KINDS = {"vit_hf": "Vision Transformer", "vit_hf_resnet": "ResNet", "vit_hf_bit": "BiT ResNet"}
+
 
 def write_card(
     output_dir: Path, name: str, args: RunArguments, resolved: dict[str, Any], results: dict[str, Any], config: Any
@@ -30,7 +32,7 @@ def write_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["vit_hf", "vision-transformer"],
+        tags=["vit_hf", *(["vision-transformer"] if config.model_type == "vit_hf" else [])],
         datasets=[HUB_SETS.get(dataset, dataset)]
         if dataset in HUB_SETS or "/" in dataset and not Path(dataset).exists()
         else None,
@@ -49,7 +51,7 @@ def write_card(
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
     origin = f"fine-tuned from `{run['model_name_or_path']}`" if base else f"trained from scratch (`{args.preset}`)"
-    lines += [f"A Vision Transformer {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
+    lines += [f"A {KINDS[config.model_type]} {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
               f"{_size(config.image_size)} pixels, {config.num_labels} classes.", ""]  # fmt: skip
     lines += [
         f"| split | images | accuracy | top-5 accuracy | loss |\n|---|---|---|---|---|\n| {resolved['eval_split']} | "

@@ -3,98 +3,182 @@
 """The fields of a Vision Transformer: those of transformers' ViTConfig and the paper's switches that it lacks."""
 
 import dataclasses
-from typing import Any
 
 import transformers
 from transformers.activations import ACT2FN
 
+from .saving import ReadsStock
+
+CHOICES = {
+    "position_embedding": ("learned_1d", "learned_2d", "sincos_2d", "relative", "none"),
+    "pooling": ("cls", "mean", "map"),
+    "stem": ("patch", "hybrid_resnet", "conv"),
+    "initializer": ("transformers", "paper"),
+    "hidden_act": tuple(sorted(ACT2FN)),
+}
 POSITIVE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+RATES = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+INITIAL = ("initializer", "head_bias_init")  # shape the random start alone: a trained model is the same without them
 
 
-class ViTConfig(transformers.ViTConfig):
+class ViTConfig(ReadsStock, transformers.ViTConfig):
     """transformers' ViTConfig with the paper's switches.
 
     A configuration whose own fields all have their defaults `is_stock`: it describes a plain transformers ViT, and
-    the model is saved as one (`model_type: vit`).
+    the model is saved as one (`model_type: vit`). "ViT paper" below is arXiv 2010.11929.
 
     Args:
+        position_embedding: what tells the tokens where they are (ViT paper, appendix D.4).
+            `learned_1d`: a learned vector for each place in raster order. `learned_2d`: a learned vector of half the
+            width for each row and for each column, put together. `sincos_2d`: fixed sines and cosines of row and
+            column (arXiv 2205.01580). `relative`: a learned bias on the attention logits for each head and 2-D
+            offset, as in Swin (arXiv 2103.14030, equation 4); the paper's own depends on the query. `none`.
         pooling: what the head reads. `cls`: the output of a class token (ViT paper, section 3.1). `mean`: the mean of
-            the patch tokens, without a class token (ViT paper, appendix D.3; arXiv 2205.01580).
+            the patch tokens, without a class token (ViT paper, appendix D.3; arXiv 2205.01580). `map`: multi-head
+            attention pooling by one learned probe (arXiv 2106.04560, section 3.2).
+        fc_norm: with `mean`, the final norm comes after the mean instead of before it (arXiv 2106.08254).
         head_hidden_size: width of the tanh layer before the classifier, the paper's pretraining head (section 3.1);
             None is the linear head of fine-tuning.
+        head_bias_init: the classifier's initial bias.
+        stem: what makes tokens of pixels. `patch`: one linear projection of each patch (section 3.1). `conv`: 3x3
+            convolutions of stride 2, each with BatchNorm and ReLU, then a 1x1 (arXiv 2106.14881). `hybrid_resnet`: a
+            ResNet with GroupNorm and standardised convolutions, whose feature map is cut into patches (section 3.1,
+            "hybrid architecture"); patch_size then counts cells of that map.
+        stem_depths: blocks of each stage of the hybrid's ResNet, None is [3, 4, 9]: a ResNet-50 without stage 4, whose
+            blocks are added to stage 3 (stride 16). [3, 4, 6, 3] takes stage 4 (stride 32): a fourth of the tokens.
+        stem_width: channels of the hybrid's first convolution; stage i (from 0) gives 4 * 2**i as many.
         drop_path_rate: chance that the last layer's residual branches are left out for a sample, growing linearly
             from 0 at the first layer (arXiv 1603.09382).
+        layer_scale_init: initial factor of each residual branch, learned for each channel (arXiv 2103.17239); None:
+            no such factor.
+        num_register_tokens: learned tokens without a position, between the class token and the patches, which the
+            pooling leaves out (arXiv 2309.16588).
+        qk_norm: a LayerNorm on the queries and keys of each head (arXiv 2302.05442, section 2.1).
+        initializer: random start. `transformers`: normal(0, initializer_range). `paper`: the authors' code
+            (google-research/vision_transformer, models_vit.py): Xavier for attention and MLP, LeCun for the
+            projection of patches, zeros for the classifier.
 
     Raises:
-        ValueError: a field value that does not exist, or sizes that do not divide.
+        ValueError: a field value that does not exist, sizes that do not divide, or fields that exclude each other.
     """
 
     model_type = "vit_hf"
+    stock_type = "vit"
 
+    position_embedding: str = "learned_1d"
     pooling: str = "cls"
+    fc_norm: bool = False
     head_hidden_size: int | None = None
+    head_bias_init: float = 0.0
+    stem: str = "patch"
+    stem_depths: list[int] | None = None
+    stem_width: int = 64
     drop_path_rate: float = 0.0
+    layer_scale_init: float | None = None
+    num_register_tokens: int = 0
+    qk_norm: bool = False
+    initializer: str = "transformers"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling: {self.pooling!r} is not one of cls, mean")
-        sizes = {name: getattr(self, name) for name in POSITIVE} | {"head_hidden_size": self.head_hidden_size}
-        sizes |= {"image_size": min(_pair(self.image_size)), "patch_size": min(_pair(self.patch_size))}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: {size} is out of range, allowed is 1 or more")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act: {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
-        for name in ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        self._check_values()
+        if self.stem == "hybrid_resnet" and self.stem_depths is None:
+            self.stem_depths = [3, 4, 9]
+        self._check_sizes()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        least = {name: (getattr(self, name), 1) for name in POSITIVE}
+        least |= {"image_size": (min(pair(self.image_size)), 1), "patch_size": (min(pair(self.patch_size)), 1)}
+        least |= {"head_hidden_size": (self.head_hidden_size, 1), "stem_width": (self.stem_width, 1)}
+        least |= {
+            "stem_depths": (min(self.stem_depths or [1]), 1),
+            "num_register_tokens": (self.num_register_tokens, 0),
+        }
+        for name, (value, low) in least.items():
+            if value is not None and value < low:
+                raise ValueError(f"{name}: {value} is out of range, allowed is {low} or more")
+        for name in RATES:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is out of range, allowed is 0 to below 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        for size, patch in zip(_pair(self.image_size), _pair(self.patch_size), strict=True):
-            if size % patch or size < patch:
-                raise ValueError(f"image_size {size} is not divisible by patch_size {patch}")
+        if self.layer_scale_init is not None and self.layer_scale_init <= 0:
+            raise ValueError(f"layer_scale_init: {self.layer_scale_init} is out of range, allowed is above 0, or none")
+
+    def _check_sizes(self) -> None:
+        def divides(name: str, size: int, by: str, divisor: int) -> None:
+            if size % divisor:
+                raise ValueError(f"{name} {size} is not divisible by {by} {divisor}")
+
+        divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        what = "patch_size" if self.stem_stride == 1 else "the stem's stride times patch_size,"
+        for size, patch in zip(pair(self.image_size), pair(self.patch_size), strict=True):
+            divides("image_size", size, what, patch * self.stem_stride)
+        if self.position_embedding == "learned_2d":
+            divides("hidden_size", self.hidden_size, "position_embedding learned_2d:", 2)
+        if self.position_embedding == "sincos_2d":
+            divides("hidden_size", self.hidden_size, "position_embedding sincos_2d:", 4)
+        if self.stem == "conv":
+            height, width = pair(self.patch_size)
+            if height != width or height < 2 or height & (height - 1):
+                raise ValueError(
+                    f"stem conv halves the image step by step: patch_size {self.patch_size} is no power of 2"
+                )
+            divides("hidden_size", self.hidden_size, "stem conv: half of patch_size,", height // 2)
+        if self.stem == "hybrid_resnet":
+            divides("stem_width", self.stem_width, "the number of groups of its GroupNorm,", 32)
+
+    def _check_combinations(self) -> None:
+        if self.fc_norm and self.pooling != "mean":
+            raise ValueError(f"fc_norm norms the mean of the tokens: it goes with pooling mean, not {self.pooling}")
+        if self.stem != "hybrid_resnet" and (self.stem_depths is not None or self.stem_width != 64):
+            raise ValueError(f"stem_depths and stem_width describe stem hybrid_resnet; the stem is {self.stem}")
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.pooling == "cls"
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return self.has_class_token + self.num_register_tokens
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels a cell of the feature map that is cut into patches: 1 where that is the image itself."""
+        return 2 ** (1 + len(self.stem_depths)) if self.stem == "hybrid_resnet" else 1
+
+    @property
+    def token_stride(self) -> tuple[int, int]:
+        """Pixels a patch token stands for, along the height and the width."""
+        height, width = pair(self.patch_size)
+        return height * self.stem_stride, width * self.stem_stride
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches along the height and the width."""
-        (height, width), (patch_height, patch_width) = _pair(self.image_size), _pair(self.patch_size)
-        return height // patch_height, width // patch_width
-
-    @property
-    def forward_flops(self) -> int:
-        """Floating-point operations of one image's forward pass, two for each multiply-add; norms, activations and
-        softmax are not counted. A training step takes about three times as many."""
-        patches = self.grid_size[0] * self.grid_size[1]
-        tokens = patches + (self.pooling == "cls")
-        width, head = self.hidden_size, self.head_hidden_size
-        patch_values = self.num_channels * _pair(self.patch_size)[0] * _pair(self.patch_size)[1]
-        layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * self.intermediate_size
-        head_macs = width * self.num_labels if head is None else (width + self.num_labels) * head
-        return 2 * (patches * patch_values * width + self.num_hidden_layers * layer + head_macs)
+        """Patch tokens along the height and the width."""
+        (height, width), stride = pair(self.image_size), self.token_stride
+        return height // stride[0], width // stride[1]
 
     @property
     def is_stock(self) -> bool:
         """Whether transformers' own ViT is the same model."""
-        return all(getattr(self, item.name) == item.default for item in own_fields())
+        return not self._changed()
 
     def to_stock(self) -> transformers.ViTConfig:
         """The same model as transformers' own configuration. Raises ValueError where there is none."""
         if not self.is_stock:
-            changed = [item.name for item in own_fields() if getattr(self, item.name) != item.default]
-            raise ValueError(f"transformers' ViT has no {', '.join(changed)}")
+            raise ValueError(f"transformers' ViT has no {', '.join(self._changed())}")
         drop = {item.name for item in own_fields()} | {"model_type", "auto_map", "architectures"}
         return transformers.ViTConfig(**{k: v for k, v in self.to_dict().items() if k not in drop})
 
-    @classmethod
-    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads a stock `vit` configuration as what it is here: this one with its own fields at their defaults."""
-        config, kwargs = super().get_config_dict(*args, **kwargs)
-        if config.get("model_type") == "vit":
-            config["model_type"] = cls.model_type
-        return config, kwargs
+    def _changed(self) -> list[str]:
+        return [
+            item.name for item in own_fields() if getattr(self, item.name) != item.default and item.name not in INITIAL
+        ]
 
 
 def own_fields() -> list[dataclasses.Field]:
@@ -103,7 +187,8 @@ def own_fields() -> list[dataclasses.Field]:
     return [item for item in dataclasses.fields(ViTConfig) if item.name not in stock]
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A side or (height, width) as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

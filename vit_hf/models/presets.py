@@ -1,75 +1,134 @@
 """Architectures by name, and models built from a preset or from weights. Knows no data and no training."""
 
-import copy
 import dataclasses
 import difflib
 import os
+import re
 from typing import Any
 
 import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 
-from .configuration_vit import ViTConfig
-from .layers import resize_position_embeddings
+from .baselines import BASELINES, BitForImageClassification, ResNetForImageClassification
+from .configuration_vit import CHOICES, ViTConfig
 from .modeling_vit import ViTForImageClassification
+from .positions import resize_position_embeddings, resize_relative_table
 
-# layer_norm_eps 1e-6: google-research/vision_transformer (flax's LayerNorm) and timm; transformers' default is 1e-12.
-PRESETS: dict[str, dict[str, Any]] = {
+# The classifier of each model_type that can be trained: transformers' own types are read by the class that extends them.
+FAMILIES: dict[str, type[transformers.PreTrainedModel]] = {
+    stored: model_class
+    for model_class in (ViTForImageClassification, ResNetForImageClassification, BitForImageClassification)
+    for stored in (model_class.config_class.stock_type, model_class.config_class.model_type)
+}
+
+# Ti: DeiT (arXiv 2012.12877), table 1; S: the same; B, L, H: ViT paper (arXiv 2010.11929), table 1; g, G: "Scaling Vision
+# Transformers" (arXiv 2106.04560), table 2. width, layers, heads, width of the MLP
+SIZES = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144),
+    "gigantic": (1664, 48, 16, 8192),
+}
+# The patch sizes of each and their usual image sizes, as published weights have them.
+USUAL = {
+    "tiny": {16: (224, 384)},
+    "small": {8: (224,), 14: (224,), 16: (224, 384), 32: (224, 384)},
+    "base": {8: (224,), 14: (224,), 16: (224, 384), 32: (224, 384)},
+    "large": {14: (224,), 16: (224, 384), 32: (224, 384)},
+    "huge": {14: (224, 336, 518), 16: (224,), 32: (224,)},
+    "giant": {14: (224, 518)},
+    "gigantic": {14: (224, 518)},
+}
+
+
+def _vit(size: str, patch_size: int, image_size: int, **changes: Any) -> tuple[type, dict[str, Any]]:
+    """layer_norm_eps 1e-6: google-research/vision_transformer (flax's LayerNorm) and timm; transformers has 1e-12."""
+    width, layers, heads, mlp_width = SIZES[size]
+    fields = dict(
+        image_size=image_size, patch_size=patch_size, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=mlp_width, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    return ViTConfig, fields | changes
+
+
+def _hybrid(size: str, image_size: int, stem_depths: list[int]) -> tuple[type, dict[str, Any]]:
+    return _vit(size, 1, image_size, stem="hybrid_resnet", stem_depths=stem_depths)
+
+
+# name -> (class of the configuration, its fields)
+PRESETS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     # 16 tokens: trains about a thousand images a second on a laptop's two cores. initializer_range is about
     # 1/sqrt(hidden_size): with transformers' 0.02, meant for width 768, so narrow a model learns slowly at first
-    "vit-demo-patch8-32": dict(
-        image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
-        intermediate_size=512, layer_norm_eps=1e-6, initializer_range=0.09,
+    "vit-demo-patch8-32": _vit(
+        "tiny", 8, 32, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
+        initializer_range=0.09,
     ),
     # 10.7 M parameters: the small variant usual for CIFAR-10 from scratch
-    "vit-small-patch4-32": dict(
-        image_size=32, patch_size=4, hidden_size=384, num_hidden_layers=6, num_attention_heads=6,
-        intermediate_size=1536, layer_norm_eps=1e-6,
+    "vit-small-patch4-32": _vit("small", 4, 32, num_hidden_layers=6),
+    **{
+        f"vit-{size}-patch{patch}-{image}": _vit(size, patch, image)
+        for size, patches in USUAL.items()
+        for patch, images in patches.items()
+        for image in images
+    },
+    # "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580)
+    "vit-small-patch16-224-better-baseline": _vit(
+        "small", 16, 224, pooling="mean", position_embedding="sincos_2d", initializer="paper"
     ),
-    # ViT-B/16: ViT paper, table 1
-    "vit-base-patch16-224": dict(
-        image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-        intermediate_size=3072, layer_norm_eps=1e-6,
-    ),
+    # Hybrids. r50 with 3-4-9 blocks: ViT paper, appendix B.1 (stride 16); with stage 4 (stride 32) and r26: AugReg
+    # (arXiv 2106.10270), table 2
+    "r26-vit-small-patch1-224": _hybrid("small", 224, [2, 2, 2, 2]),
+    "r26-vit-small-patch1-384": _hybrid("small", 384, [2, 2, 2, 2]),
+    "r50-vit-base-patch1-224": _hybrid("base", 224, [3, 4, 9]),
+    "r50-vit-base-patch1-384": _hybrid("base", 384, [3, 4, 9]),
+    "r50-stage4-vit-base-patch1-224": _hybrid("base", 224, [3, 4, 6, 3]),
+    "r50-stage4-vit-large-patch1-224": _hybrid("large", 224, [3, 4, 6, 3]),
+    "r50-stage4-vit-large-patch1-384": _hybrid("large", 384, [3, 4, 6, 3]),
+    **BASELINES,
 }  # fmt: skip
 
 
-def preset_config(name: str, **changes: Any) -> ViTConfig:
-    """The configuration of a preset with some fields changed. Raises ValueError for an unknown preset."""
+def preset_config(name: str, changes: dict[str, Any] | None = None, **labels: Any) -> transformers.PreTrainedConfig:
+    """The configuration of a preset with some fields changed, and with these labels.
+
+    Raises:
+        ValueError: an unknown preset or field, or values that do not go together.
+    """
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+        close = (
+            difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5) or [key for key in PRESETS if name in key][:3]
+        )
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"no such preset; {hint}presets: {', '.join(PRESETS)}")
-    return make_config({**PRESETS[name], **changes})
+        raise ValueError(f"no such preset; {hint}`vit-hf models` lists them")
+    config_class, fields = PRESETS[name]
+    return make_config(config_class, {**fields, **_checked(config_class, changes or {}), **labels})
 
 
-def make_config(fields: dict[str, Any]) -> ViTConfig:
+def make_config(config_class: type, fields: dict[str, Any]) -> transformers.PreTrainedConfig:
     """A configuration; raises ValueError for a value of the wrong type too, which its base class does in its own way."""
     try:
-        return ViTConfig(**fields)
+        return config_class(**fields)
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`"drop_path_rate=0.1,pooling=mean"` -> {field: value}, values as YAML reads them.
+    """`"drop_path_rate=0.1,stem_depths=[2,2]"` -> {field: value}, values as YAML reads them.
 
     Raises:
-        ValueError: a part that is not NAME=VALUE, or a name that is no field of ViTConfig.
+        ValueError: a part that is not NAME=VALUE.
     """
-    fields = {item.name for item in dataclasses.fields(ViTConfig)}
-    architecture = fields - {item.name for item in dataclasses.fields(transformers.PreTrainedConfig)}
     overrides = {}
-    for part in filter(None, (text or "").split(",")):
+    for part in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # not at the commas of a list
         name, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or not value:
+        if not name or not equals or not value:
             raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE")
-        if name not in architecture:
-            close = difflib.get_close_matches(name, architecture, n=3, cutoff=0.6) or sorted(architecture)
-            raise ValueError(f"--config_overrides: {name!r} is no field of ViTConfig, nearest: {', '.join(close)}")
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):  # YAML reads 1e-6 as text
             try:
@@ -80,10 +139,23 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
+def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides as this configuration takes them. Raises ValueError for a name that is none of its fields."""
+    common = {item.name for item in dataclasses.fields(transformers.PreTrainedConfig)}
+    fields = {item.name for item in dataclasses.fields(config_class)} - common
+    for name in overrides:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=3, cutoff=0.6) or sorted(fields)
+            kind = config_class.__name__
+            raise ValueError(f"--config_overrides: {name!r} is no field of {kind}, nearest: {', '.join(close)}")
+    named_none = {name for name in overrides if overrides[name] is None and "none" in CHOICES.get(name, ())}
+    return overrides | dict.fromkeys(named_none, "none")
+
+
 def load_pretrained(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, need_head: bool = False
 ) -> transformers.PreTrainedModel:
-    """An image classifier from a Hub id or a folder, in fp32. `vit` and `vit_hf` become our class; any other model
+    """An image classifier from a Hub id or a folder, in fp32. The types in FAMILIES become our classes; any other model
     type is the repository's own class and needs `trust_remote_code` where it comes with code.
 
     Args:
@@ -97,10 +169,10 @@ def load_pretrained(
     if looks_local and not os.path.isdir(name_or_path):
         raise OSError("no such folder")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-    model_class = transformers.AutoModelForImageClassification
-    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if config.get("model_type") in ("vit", ViTConfig.model_type):
-        model_class, extra = ViTForImageClassification, {}
+    model_class = FAMILIES.get(config.get("model_type"))
+    extra: dict[str, Any] = {}
+    if model_class is None:
+        model_class, extra = transformers.AutoModelForImageClassification, {"trust_remote_code": trust_remote_code}
     extra["ignore_mismatched_sizes"] = True  # they are named below; transformers' own error names none
     model, report = model_class.from_pretrained(
         name_or_path, revision=revision, dtype=torch.float32, output_loading_info=True, **extra
@@ -119,9 +191,14 @@ def load_pretrained(
     return model
 
 
-def from_preset(name: str, class_names: list[str], changes: dict[str, Any]) -> ViTForImageClassification:
+def from_preset(name: str, class_names: list[str], changes: dict[str, Any]) -> transformers.PreTrainedModel:
     """A preset with random weights for these classes. Raises ValueError for an unknown preset or wrong changes."""
-    return ViTForImageClassification(preset_config(name, **changes, **_labels(class_names)))
+    return build(preset_config(name, changes, **_labels(class_names)))
+
+
+def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """The classifier that a configuration of the family describes, with random weights."""
+    return FAMILIES[config.model_type](config)
 
 
 def _labels(class_names: list[str]) -> dict[str, Any]:
@@ -132,8 +209,8 @@ def _labels(class_names: list[str]) -> dict[str, Any]:
 
 
 def for_new_labels(
-    model: ViTForImageClassification, class_names: list[str], changes: dict[str, Any], *, keep_head: bool = False
-) -> ViTForImageClassification:
+    model: transformers.PreTrainedModel, class_names: list[str], changes: dict[str, Any], *, keep_head: bool = False
+) -> transformers.PreTrainedModel:
     """The same encoder under a zero-initialised linear head for `class_names`, with the fields in `changes` changed
     (another `image_size` resizes the position embeddings, `pooling=mean` drops the class token).
 
@@ -141,39 +218,68 @@ def for_new_labels(
         keep_head: keep the head as it is; the class names must then be the model's own.
 
     Raises:
-        ValueError: changes that make another encoder, or a model that is none of ours.
+        ValueError: changes that make another encoder, or a model of a family that is not trained here.
 
     Source: ViT paper, section 3.2 (zero-initialised D x K layer, interpolated position embeddings).
     """
-    if not isinstance(model, ViTForImageClassification):
-        raise ValueError(f"its model_type is {model.config.model_type}; vit and vit_hf can be trained")
+    if type(model) not in FAMILIES.values():
+        raise ValueError(f"its family (model_type) is {model.config.model_type}; trained are {', '.join(FAMILIES)}")
+    changes = _checked(type(model.config), changes)
     fields = model.config.to_dict()
     for name in ("num_labels", "model_type", "auto_map", "architectures"):
         fields.pop(name, None)
-    if not keep_head:
+    if not keep_head and "head_hidden_size" in fields:
         fields["head_hidden_size"] = None
     fields.update(changes, **_labels(class_names))
-    target = ViTForImageClassification(make_config(fields))
-    weights = copy.copy(model.state_dict())
-    positions = "vit.embeddings.position_embeddings"
-    if model.config.pooling == "cls" != target.config.pooling:
-        weights[positions] = weights[positions][:, 1:]
-        weights.pop("vit.embeddings.cls_token")
-    weights[positions] = resize_position_embeddings(
-        weights[positions], model.config.grid_size, target.config.grid_size
-    )
+    target = type(model)(make_config(type(model.config), fields))
+    weights = dict(model.state_dict())
+    if isinstance(model, ViTForImageClassification):
+        _fit_positions(weights, model.config, target.config)
+    encoder = model.base_model_prefix + "."
     if not keep_head:
-        weights = {key: value for key, value in weights.items() if key.startswith("vit.")}
-        nn.init.zeros_(target.classifier.weight)
-        nn.init.zeros_(target.classifier.bias)
+        weights = {key: value for key, value in weights.items() if key.startswith(encoder)}
+        for parameter in target.classifier.parameters():
+            nn.init.zeros_(parameter)
     try:
         missing, unexpected = target.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise ValueError(f"--config_overrides makes another encoder than the weights are for: {reason[0]}") from None
-    left_out = [key for key in missing if key.startswith("vit.") or keep_head] + unexpected
+    left_out = [key for key in missing if key.startswith(encoder) or keep_head] + unexpected
     if left_out:
         raise ValueError(
             f"--config_overrides makes another encoder than the weights are for: {', '.join(left_out[:5])}"
         )
     return target
+
+
+def _fit_positions(weights: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
+    """Changes the weights of an `old` ViT to the class token and the grid of a `new` one, in place.
+
+    Raises:
+        ValueError: another kind of position embedding, which nothing in the weights can be turned into.
+    """
+    if old.position_embedding != new.position_embedding:
+        raise ValueError(
+            f"position_embedding: the weights have {old.position_embedding}, which cannot become "
+            f"{new.position_embedding}; leave position_embedding out of --config_overrides, or train from scratch "
+            "with --preset"
+        )
+    embeddings = "vit.embeddings."
+    if old.has_class_token and not new.has_class_token:
+        weights.pop(embeddings + "cls_token")
+        if old.position_embedding == "learned_1d":
+            weights[embeddings + "position_embeddings"] = weights[embeddings + "position_embeddings"][:, 1:]
+    (rows, columns), (new_rows, new_columns) = old.grid_size, new.grid_size
+    for name, grid_size, new_grid_size in (
+        ("position_embeddings", old.grid_size, new.grid_size),
+        ("row_position_embeddings", (rows, 1), (new_rows, 1)),
+        ("column_position_embeddings", (columns, 1), (new_columns, 1)),
+    ):
+        if embeddings + name in weights:
+            resized = resize_position_embeddings(weights[embeddings + name], grid_size, new_grid_size)
+            weights[embeddings + name] = resized
+    for key in weights:
+        if key.endswith("relative_position_bias_table"):
+            table = resize_relative_table(weights[key], old.grid_size, new.grid_size)
+            weights[key] = table[:-3] if old.num_prefix_tokens and not new.num_prefix_tokens else table

@@ -10,7 +10,8 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
 
 from vit_hf.errors import UserError
 from vit_hf.training.schedule import BatchPlan
@@ -48,7 +49,10 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
     try:
         accelerator = accelerate.Accelerator(
             cpu=no_device and not deepspeed,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout), **backend)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout), **backend),
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # share_buffers does it where it matters
+            ],
             log_with=log_with or None,
             project_dir=project_dir,
         )
@@ -87,6 +91,16 @@ def apply_batch_plan(accelerator: accelerate.Accelerator, plan: BatchPlan, max_g
             gradient_clipping=max_grad_norm,
             steps_per_print=10**9,  # our log lines are enough
         )
+
+
+def share_buffers(accelerator: accelerate.Accelerator, model: nn.Module) -> None:
+    """Gives all processes the main process's BatchNorm statistics. Each collects those of its own images, and uses
+    them in evaluation alone: before one, and before a checkpoint, they have to be the same."""
+    if accelerator.num_processes > 1:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers(recurse=False):
+                    accelerate.utils.broadcast(buffer)  # in place
 
 
 def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vit_hf.training import checkpoint
-from vit_hf.training.accelerator import seed_micro_step, zero_stage
+from vit_hf.training.accelerator import seed_micro_step, share_buffers, zero_stage
 from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.guards import SignalGuard, StoppedBySignal, not_finite, out_of_memory
 from vit_hf.training.optimizer import set_learning_rate
@@ -143,6 +143,7 @@ def _evaluate(
     state: TrainState, schedule: Schedule, done: int, evaluate: Callable[[], dict[str, float]], tracker: Tracker
 ) -> None:
     """Evaluates the model, or its average where there is one, and writes the line."""
+    share_buffers(state.accelerator, state.model)
     with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         state.engine.eval()
         measured = evaluate()
@@ -153,6 +154,7 @@ def _evaluate(
 def _save(state: TrainState, settings: LoopSettings, done: int, tracker: Tracker) -> None:
     """Writes a checkpoint that says how long the run has taken so far."""
     record = {**settings.record, "wall_time_seconds": round(time.perf_counter() - settings.start_time, 2)}
+    share_buffers(state.accelerator, state.model)
     with tracker.pause():
         checkpoint.save(state, settings.output_dir, done, record, settings.save_total_limit)
 

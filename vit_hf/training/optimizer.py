@@ -5,26 +5,28 @@ import re
 import torch
 from torch import nn
 
-NEVER_DECAYED = ("cls_token", "position_embeddings")
+# the only parameters of more than one dimension that are no weights of a layer
+NEVER_DECAYED = ("cls_token", "register_tokens", "position_embeddings", "relative_position_bias_table", "probe")
+LAYER = re.compile(r"vit\.layers\.(\d+)\.")
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict]:
     """Groups the trainable parameters by (decayed or not, learning rate factor `lr_scale`).
 
-    Norms, biases (everything with one dimension), the class token and position embeddings are not decayed. With
-    `layer_decay` below 1, embeddings learn at layer_decay**(L+1), layer i at layer_decay**(L-i), the final norm and
-    the head at 1.
+    Norms, biases (everything with one dimension), learned tokens and position embeddings are not decayed. With
+    `layer_decay` below 1, embeddings learn at layer_decay**(L+1), layer i at layer_decay**(L-i), what comes after the
+    layers at 1.
 
     Source: no decay as in google-research/big_vision and timm; layer-wise decay from BEiT (arXiv 2106.08254).
     """
-    depth = len({match[1] for name, _ in model.named_parameters() if (match := re.search(r"\.layers\.(\d+)\.", name))})
+    depth = len({match[1] for name, _ in model.named_parameters() if (match := LAYER.match(name))})
     groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and not name.endswith(NEVER_DECAYED)
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        above = depth - int(layer[1]) if layer else (depth + 1 if ".embeddings." in name else 0)
+        layer = LAYER.match(name)
+        above = depth - int(layer[1]) if layer else (depth + 1 if name.startswith("vit.embeddings.") else 0)
         key = (decayed, layer_decay**above)
         group = groups.setdefault(
             key, {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": key[1]}

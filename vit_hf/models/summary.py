@@ -1,0 +1,109 @@
+"""What a configuration costs and what becomes of an image in it, without weights: a model on no device is asked."""
+
+import re
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .configuration_vit import ViTConfig, pair
+from .presets import build, make_config
+
+
+class Summary(NamedTuple):
+    """The size of a model.
+
+    num_parameters: trained numbers. num_tokens: length of the encoder's sequence, None without one.
+    forward_flops: operations of one image's forward pass, two for each multiply-add; norms, activations and softmax
+    are not counted. A training step takes about three times as many.
+    state_bytes: fp32 weights, gradients and both moments of AdamW. activation_bytes: what the forward pass of one image
+    keeps for the backward pass under bf16 mixed precision, without gradient checkpointing.
+    """
+
+    num_parameters: int
+    num_tokens: int | None
+    forward_flops: int
+    state_bytes: int
+    activation_bytes: int
+
+
+def summarise(config: transformers.PreTrainedConfig) -> Summary:
+    """Counts parameters, tokens, operations and memory of the model that `config` describes."""
+    if not isinstance(config, ViTConfig):
+        parameters, flops, kept = _measure(config)
+        return Summary(parameters, None, flops, 16 * parameters, kept)
+    # all layers cost the same: two models of one and two layers say it many times faster than the whole one
+    one, two = (_measure(make_config(ViTConfig, {**config.to_dict(), "num_hidden_layers": n})) for n in (1, 2))
+    parameters, flops, kept = (a + (config.num_hidden_layers - 1) * (b - a) for a, b in zip(one, two))
+    tokens = config.num_prefix_tokens + config.grid_size[0] * config.grid_size[1]
+    return Summary(parameters, tokens, flops, 16 * parameters, kept)
+
+
+def stages(config: transformers.PreTrainedConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """(part of the model, shape of what it hands on) for one image, in order."""
+    seen: list[tuple[str, tuple[int, ...]]] = [("pixel_values", (1, config.num_channels, *pair(config.image_size)))]
+    model = _without_weights(config).eval()
+
+    def note(name: str):
+        def hook(module: nn.Module, inputs: tuple, output) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            seen.append((name, tuple(first.shape)))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if STAGE.fullmatch(name) and not isinstance(module, nn.Identity):
+            module.register_forward_hook(note(name))
+    _forward(model, 1)
+    return seen
+
+
+# the modules whose outputs `stages` shows
+STAGE = re.compile(
+    r"vit\.embeddings(\.patch_embeddings(\.convolutions|\.backbone(\.conv|\.stages\.\d+)?)?)?|vit\.layers\.\d+"
+    r"|vit\.layernorm|vit\.attention_pool|(resnet|bit)\.(embedder|encoder\.stages\.\d+|pooler)|pre_logits|classifier"
+)
+
+
+def _measure(config: transformers.PreTrainedConfig) -> tuple[int, int, int]:
+    """Parameters; operations and kept bytes of one image."""
+    model = _without_weights(config)
+    flops, one = _forward(model, 1)
+    _, two = _forward(model, 2)  # what does not grow with the batch (16-bit copies of the weights) is no activation
+    return sum(parameter.numel() for parameter in model.parameters()), flops, two - one
+
+
+def _without_weights(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    with torch.device("meta"):
+        model = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # from here on the tensors say that they are on a CPU
+        return model.to_empty(device="cpu").train()
+
+
+def _forward(model: transformers.PreTrainedModel, batch_size: int) -> tuple[int, int]:
+    """Operations of a forward pass of the batch, and the bytes that it keeps for the backward pass."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    mode = next(model.parameters()).fake_mode
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
+    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
+    with mode, counter, torch.autocast("cpu", torch.bfloat16):
+        pixel_values = torch.empty(batch_size, model.config.num_channels, *pair(model.config.image_size))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(pixel_values)
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def _sdpa(query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    """The counter knows the attention kernels of GPUs alone."""
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
