@@ -1,6 +1,6 @@
 """Speed of a training step (forward, cross-entropy, backward) of three Vision Transformers with the same weights, side
-by side in one run: ours, transformers' own, and a plain one written by hand below. The optimizer's step is the same for
-all three and left out.
+by side in one run: ours, transformers' own, and a plain one written by hand (bare.py). The optimizer's step is the same
+for all three and left out.
 
     python benchmarks/models.py --output benchmarks/results/NAME.json
     python benchmarks/models.py --stems                          the patch stem alone, as matrix product and convolution
@@ -10,15 +10,8 @@ The models take turns of a few steps, in an order that rotates from round to rou
 a machine that slows down or is shared slows all of them, and ratios are taken within a round.
 """
 
-import datetime
 import functools
-import json
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +19,8 @@ from typing import Any
 
 import torch
 import transformers
+from bare import BareViT, bare_weights
+from reports import environment, read_report, table
 from torch import Tensor, nn
 
 from vit_hf.arguments import Parser
@@ -43,74 +38,11 @@ DEFAULTS = {
     "cpu": {"vit-small-patch4-32": 64, "vit-base-patch16-224": 8},
     "cuda": {"vit-small-patch16-224": 256, "vit-base-patch16-224": 128, "vit-large-patch16-224": 64},
 }
+STEPS = {"cpu": 1, "cuda": 5}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[], Any]
 Rows = list[dict[str, Any]]
-
-
-class BareBlock(nn.Module):
-    """A pre-norm encoder layer."""
-
-    def __init__(self, width: int, heads: int, mlp_width: int, eps: float):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attention = nn.functional.scaled_dot_product_attention(query, key, value)
-        x = x + self.out(attention.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
-
-
-class BareViT(nn.Module):
-    """What one would write by hand: a convolution as the stem, one projection to queries, keys and values, no
-    switches."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        width, patch = config.hidden_size, pair(config.patch_size)
-        rows, columns = config.grid_size
-        self.stem = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + rows * columns, width))
-        block = (width, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps)
-        self.blocks = nn.Sequential(*(BareBlock(*block) for _ in range(config.num_hidden_layers)))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.num_labels)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.stem(pixel_values).flatten(2).transpose(1, 2)
-        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-# tensor names of transformers' ViT -> those of BareViT
-BARE_NAMES = {
-    r"^vit\.embeddings\.patch_embeddings\.projection\.": "stem.", r"^vit\.embeddings\.cls_token": "class_token",
-    r"^vit\.embeddings\.position_embeddings": "positions", r"^vit\.layers\.": "blocks.", r"^vit\.layernorm\.": "norm.",
-    r"^classifier\.": "head.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
-    r"\.attention\.q_proj\.": ".qkv.", r"\.attention\.o_proj\.": ".out.", r"\.mlp\.": ".",
-}  # fmt: skip
-
-
-def bare_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the names of BareViT."""
-    renamed = {}
-    for name, tensor in weights.items():
-        if ".q_proj." in name:
-            tensor = torch.cat([weights[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-        if ".k_proj." not in name and ".v_proj." not in name:
-            renamed[functools.reduce(lambda n, rule: re.sub(*rule, n), BARE_NAMES.items(), name)] = tensor
-    return renamed
 
 
 def build_models(config: ViTConfig, device: torch.device) -> dict[str, nn.Module]:
@@ -124,7 +56,9 @@ def build_models(config: ViTConfig, device: torch.device) -> dict[str, nn.Module
     return {name: model.to(device).train() for name, model in (("ours", ours), ("stock", stock), ("bare", bare))}
 
 
-def model_steps(models: dict[str, nn.Module], config: ViTConfig, batch_size: int, dtype: torch.dtype) -> dict[str, Step]:
+def model_steps(
+    models: dict[str, nn.Module], config: ViTConfig, batch_size: int, dtype: torch.dtype
+) -> dict[str, Step]:
     """A training step of each model on one batch of noise; each returns its loss."""
     device = next(models["bare"].parameters()).device
     pixel_values = torch.randn(batch_size, config.num_channels, *pair(config.image_size), device=device)
@@ -142,11 +76,17 @@ def model_steps(models: dict[str, nn.Module], config: ViTConfig, batch_size: int
     return {name: functools.partial(step, model) for name, model in models.items()}
 
 
-def stem_steps(config: ViTConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    """Forward and backward pass of the patch stem as each of its two forms; each returns its tokens."""
+def build_stems(config: ViTConfig, device: torch.device) -> dict[str, nn.Module]:
+    """The patch stem as matrix product and as convolution, with the same weights."""
     size = (config.num_channels, config.hidden_size, pair(config.patch_size))
-    stems = {"matmul": PatchProjection(*size), "conv": nn.Conv2d(*size, stride=size[2])}
-    stems["conv"].load_state_dict(stems["matmul"].state_dict())
+    matmul, conv = PatchProjection(*size), nn.Conv2d(*size, stride=size[2])
+    conv.load_state_dict(matmul.state_dict())
+    return {"matmul": matmul.to(device), "conv": conv.to(device)}
+
+
+def stem_steps(stems: dict[str, nn.Module], config: ViTConfig, batch_size: int, dtype: torch.dtype) -> dict[str, Step]:
+    """Forward and backward pass of each stem; each returns its tokens."""
+    device = stems["conv"].weight.device
     rows, columns = config.grid_size
     pixel_values = torch.randn(batch_size, config.num_channels, *pair(config.image_size), device=device)
     gradient = torch.randn(batch_size, rows * columns, config.hidden_size, device=device)
@@ -159,7 +99,7 @@ def stem_steps(config: ViTConfig, batch_size: int, dtype: torch.dtype, device: t
         tokens.backward(gradient.to(tokens.dtype))
         return tokens.detach()
 
-    return {name: functools.partial(step, stem.to(device)) for name, stem in stems.items()}
+    return {name: functools.partial(step, stem) for name, stem in stems.items()}
 
 
 def matmul_step(dtype: torch.dtype, device: torch.device) -> Step:
@@ -199,23 +139,24 @@ def spread(values: list[float]) -> list[float]:
 def compare(args: Any, config: ViTConfig, preset: str, batch_size: int, dtype: str, device: torch.device) -> Rows:
     """One row for each contestant: times of each round, images a second, how many times as fast ours is."""
     torch.manual_seed(0)
+    torch.compiler.reset()  # or the cases before this one count towards the limit of recompilations
+    models = build_stems(config, device) if args.stems else build_models(config, device)
+    if args.compile:
+        for model in models.values():
+            model.compile()
+    turns = (stem_steps if args.stems else model_steps)(models, config, batch_size, DTYPES[dtype])
+    outputs = [turn() for turn in turns.values()]
     if args.stems:
-        turns = stem_steps(config, batch_size, DTYPES[dtype], device)
-        extra = {"largest_difference": difference(turns["matmul"](), turns["conv"]())}
+        extra = {"largest_difference": difference(*outputs)}
     else:
-        models = build_models(config, device)
-        counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models.values()]
-        if args.compile:
-            torch.compiler.reset()  # or the cases before this one count towards the limit of recompilations
-            for model in models.values():
-                model.compile()
-        turns = model_steps(models, config, batch_size, DTYPES[dtype])
-        losses = [turn().item() for turn in turns.values()]
-        if max(losses) - min(losses) > 0.02 or len(set(counts)) > 1:
-            raise AssertionError(f"{list(models)} are not the same model: losses {losses}, parameters {counts}")
-        extra = {"num_parameters": counts[0], "train_flops_per_image": 3 * summarise(config).forward_flops}
+        counts = {sum(parameter.numel() for parameter in model.parameters()) for model in models.values()}
+        if max(outputs) - min(outputs) > 0.02 or len(counts) > 1:
+            raise AssertionError(f"not the same model three times: losses {outputs}, parameters {counts}")
+        extra = {"num_parameters": counts.pop(), "train_flops_per_image": 3 * summarise(config).forward_flops}
     matmul_flops = 2 * MATMUL_SIZE[device.type] ** 3
-    seconds = interleave(turns | {"mm": matmul_step(DTYPES[dtype], device)}, args.rounds, args.warmup, args.steps, device)
+    seconds = interleave(
+        turns | {"mm": matmul_step(DTYPES[dtype], device)}, args.rounds, args.warmup, args.steps, device
+    )
     ours, rows = next(iter(turns)), []
     for name in turns:
         row: dict[str, Any] = {"preset": preset, "dtype": "tf32" if args.tf32 and dtype == "fp32" else dtype}
@@ -236,62 +177,81 @@ def difference(one: Tensor, other: Tensor) -> float:
     return ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the numbers come from."""
-    root = Path(__file__).parent.parent
-    measured = ["vit_hf", "benchmarks/models.py"]
+def main() -> None:
+    """Measures, or prints tables of what was measured."""
+    keep_freed_memory()
+    args = parse()
+    if args.table:
+        print("\n\n".join(table(read_report(path)) for path in args.table))
+        return
+    cases, device = check(args), torch.device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    report: dict[str, Any] = {**environment(device), "rows": []}
+    for preset, (config, batch_size) in cases.items():
+        for dtype in args.dtype.split(","):
+            try:
+                rows = compare(args, config, preset, batch_size, dtype, device)
+            except torch.OutOfMemoryError:
+                raise UserError(f"{preset}, {dtype}: out of memory at --batch_size {batch_size}") from None
+            report["rows"] += rows
+            print(", ".join(f"{row['model']} {row['images_per_second']:.1f} images/s" for row in rows), flush=True)
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                write_json(report, args.output)
+    print("\n" + table(report))
 
-    def git(*command: str) -> str:
+
+def parse() -> Any:
+    """The command line."""
+    parser = Parser(prog="benchmarks/models.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--preset", help="several by comma; default: two that suit a CPU, three that suit a GPU")
+    parser.add_argument(
+        "--dtype", default="fp32,bf16", help="fp32, bf16 (autocast over fp32 weights) or both by comma"
+    )
+    parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply fp32 as TF32")
+    parser.add_argument("--batch_size", type=int, help="images of a step; default: by preset")
+    parser.add_argument("--rounds", type=int, default=12, help="measured rounds (default: 12)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before them (default: 3)")
+    parser.add_argument("--steps", type=int, help="steps of a model in a round (default: 1 on a CPU, 5 on a GPU)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each model")
+    parser.add_argument("--stems", action="store_true", help="compare the two forms of the patch stem alone")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="FILE", help="print tables of these JSON files instead"
+    )
+    return parser.parse_args()
+
+
+def check(args: Any) -> dict[str, tuple[ViTConfig, int]]:
+    """Preset -> configuration and batch size. Raises ArgumentError for flags that cannot be right."""
+    cuda = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if cuda else "cpu")
+    if args.device not in DEFAULTS:
+        raise ArgumentError(f"--device: {args.device!r} is not one of {', '.join(DEFAULTS)}")
+    if args.device == "cuda" and not cuda:
+        raise ArgumentError("--device cuda: torch sees no CUDA device")
+    if args.tf32 and args.device != "cuda":
+        raise ArgumentError("--tf32 goes with --device cuda")
+    for dtype in args.dtype.split(","):
+        if dtype not in DTYPES:
+            raise ArgumentError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    args.steps = STEPS[args.device] if args.steps is None else args.steps
+    least = {"batch_size": 1, "rounds": 1, "warmup": 0, "steps": 1}
+    for name, low in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise ArgumentError(f"--{name}: {getattr(args, name)} is out of range, allowed is {low} or more")
+    cases = {}
+    for name in args.preset.split(",") if args.preset else DEFAULTS[args.device]:
         try:
-            return subprocess.run(("git", "-C", root, *command), capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    commit = git("rev-parse", "HEAD") or "unknown"
-    commit += " (dirty)" if git("status", "--porcelain", "--", *measured) else ""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    machine = {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count()}
-    machine |= {"threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}
-        | {"python": platform.python_version()},
-    }
+            config = preset_config(name, num_labels=1000)
+        except ValueError as error:
+            raise ArgumentError(f"--preset {name}: {error}") from None
+        if not isinstance(config, ViTConfig) or not config.is_stock:
+            raise ArgumentError(f"--preset {name}: not a plain ViT, which is what is compared")
+        cases[name] = (config, args.batch_size or DEFAULTS[args.device].get(name, 32))
+    return cases
 
 
-def table(report: dict[str, Any]) -> str:
-    """A report as Markdown: where it was measured, then a row a (model, preset, dtype)."""
-    machine, versions = report["machine"], report["versions"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores"
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines = [f"{where}; {software}; commit {report['commit']}; {report['date'][:10]}", f"`{report['command']}`"]
-    stems = "largest_difference" in report["rows"][0]
-    last = "largest difference of outputs" if stems else "share of a matrix product's rate"
-    lines += ["", f"| preset | dtype | batch | {'stem' if stems else 'model'} | images/s | ours is faster, times | {last} |"]
-    lines.append("|---|---|---:|---|---:|---:|---:|")
-    for row in report["rows"]:
-        low, middle, high = row.get("ours_faster", (1, 1, 1))
-        faster = f"{middle:.3f} ({low:.3f} to {high:.3f})" if "ours_faster" in row else ""
-        cell = f"{row['largest_difference']:.1e}" if stems else f"{row['share_of_matmul'][1]:.0%}"
-        lines.append(
-            f"| {row['preset']} | {row['dtype']} | {row['batch_size']} | {row['model']} | "
-            f"{row['images_per_second']:.{0 if row['images_per_second'] >= 100 else 1}f} | {faster} | {cell} |"
-        )
-    rates = {row["dtype"]: row["matmul_flops_per_second"] for row in report["rows"]}
-    return "\n".join([*lines, "", "matrix product: " + ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.items())])
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A file that --output wrote."""
-    try:
-        return {"rows": [], **json.loads(path.read_text())}
-    except OSError as error:
-        raise UserError(f"--table: {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"--table: {path} is not a file that --output wrote") from None
+if __name__ == "__main__":
+    exit_with(main)

@@ -242,7 +242,9 @@ def test_another_kind_of_position_embedding_says_what_to_do():
 
 
 def test_a_baseline_gets_a_zero_head_on_the_same_encoder():
-    model = from_preset("resnet-18-cifar", ["a", "b"], {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8})
+    model = from_preset(
+        "resnet-18-cifar", ["a", "b"], {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
+    )
     model.resnet.embedder.embedder.normalization.running_mean.fill_(0.5)
     tuned = for_new_labels(model, ["x", "y", "z"], {"image_size": 64})
     assert tuned.config.image_size == 64 and tuned.config.id2label == {0: "x", 1: "y", 2: "z"}

@@ -59,13 +59,16 @@ def test_what_each_kind_stores_and_adds(kind):
     model = make(position_embedding=kind, pooling="mean")
     names = {name for name in model.state_dict() if "position" in name}
     tables = {f"vit.layers.{layer}.attention.relative_position_bias_table" for layer in range(2)}
-    assert names == {
-        "learned_1d": {"vit.embeddings.position_embeddings"},
-        "learned_2d": {"vit.embeddings.row_position_embeddings", "vit.embeddings.column_position_embeddings"},
-        "sincos_2d": set(),
-        "relative": tables,
-        "none": set(),
-    }[kind]
+    assert (
+        names
+        == {
+            "learned_1d": {"vit.embeddings.position_embeddings"},
+            "learned_2d": {"vit.embeddings.row_position_embeddings", "vit.embeddings.column_position_embeddings"},
+            "sincos_2d": set(),
+            "relative": tables,
+            "none": set(),
+        }[kind]
+    )
     embeddings = model.vit.embeddings
     with torch.no_grad():
         added = embeddings(pixels(), GRID) - embeddings.patch_embeddings(pixels())

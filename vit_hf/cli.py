@@ -53,7 +53,9 @@ def models(argv: list[str]) -> None:
     header = form.format("preset", "parameters", "tokens", "GFLOPs", "states", "an image")
     try:
         changes = parse_overrides(args.config_overrides)
-        configs = {name: preset_config(name, changes, num_labels=1000) for name in ([args.name] if args.name else PRESETS)}
+        configs = {
+            name: preset_config(name, changes, num_labels=1000) for name in ([args.name] if args.name else PRESETS)
+        }
     except ValueError as error:
         raise ArgumentError(f"model {args.name}: {error}") from None
     print(header)
@@ -112,6 +114,10 @@ def convert(argv: list[str]) -> None:
             )
     except (ValueError, OSError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())}") from None
+    if args.to == "timm" and model.config.layer_norm_eps != 1e-6:
+        print(
+            f"note: timm's norms have an eps of 1e-6, this model {model.config.layer_norm_eps:g}; logits differ by it"
+        )
     kind = "timm" if args.to == "timm" else ("stock vit" if model.config.is_stock else model.config.model_type)
     print(f"{args.directory}: {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 

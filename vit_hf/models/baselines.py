@@ -9,6 +9,7 @@ This module must not know about presets of the ViT, data or training.
 
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -188,6 +189,22 @@ class BitForImageClassification(_Baseline, transformers.BitForImageClassificatio
             )
             stem.pad, stem.pooler = nn.Identity(), nn.Identity()  # the padding is the pooling's
             self.post_init()  # initialises what is new
+        elif not isinstance(self.bit.embedder.pad, nn.Identity):
+            self.bit.embedder.pad = ZeroBorder()
+
+
+class ZeroBorder(nn.Module):
+    """A border of zeros around a feature map, as transformers' BiT pads its max pooling: (B, C, H, W) -> (B, C, H+2, W+2).
+
+    Put on piece by piece: onnxruntime takes a padding before a max pooling for the pooling's own, which is of minus
+    infinity, and the logits of an exported model are then others.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        column = torch.zeros_like(hidden_states[..., :1])
+        hidden_states = torch.cat((column, hidden_states, column), dim=3)
+        row = torch.zeros_like(hidden_states[..., :1, :])
+        return torch.cat((row, hidden_states, row), dim=2)
 
 
 _RESNET_50 = dict(layer_type="bottleneck", hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3])

@@ -45,7 +45,8 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
             ResNet with GroupNorm and standardised convolutions, whose feature map is cut into patches (section 3.1,
             "hybrid architecture"); patch_size then counts cells of that map.
         stem_depths: blocks of each stage of the hybrid's ResNet, None is [3, 4, 9]: a ResNet-50 without stage 4, whose
-            blocks are added to stage 3 (stride 16). [3, 4, 6, 3] takes stage 4 (stride 32): a fourth of the tokens.
+            blocks are added to stage 3 (stride 16). [3, 4, 6, 3] takes stage 4 (stride 32): a fourth of the tokens. [] is
+            the root alone (stride 4).
         stem_width: channels of the hybrid's first convolution; stage i (from 0) gives 4 * 2**i as many.
         drop_path_rate: chance that the last layer's residual branches are left out for a sample, growing linearly
             from 0 at the first layer (arXiv 1603.09382).
@@ -149,7 +150,7 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
     @property
     def stem_stride(self) -> int:
         """Pixels a cell of the feature map that is cut into patches: 1 where that is the image itself."""
-        return 2 ** (1 + len(self.stem_depths)) if self.stem == "hybrid_resnet" else 1
+        return 4 * 2 ** max(len(self.stem_depths) - 1, 0) if self.stem == "hybrid_resnet" else 1
 
     @property
     def token_stride(self) -> tuple[int, int]:

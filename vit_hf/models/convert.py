@@ -1,15 +1,13 @@
 # Copyright 2026 The vit_hf authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints of timm's `vit_*` and of google-research/vision_transformer as models of ours, and ours as timm's.
 
-A layout {name there: [names here]} says which of our tensors, put together along dimension 0, a tensor of the source
-is. It follows from our names. N patches, k class tokens (0 or 1), D hidden size. This module knows no training.
+N patches, k class tokens (0 or 1), D hidden size. This module must not know training.
 """
 
 import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .configuration_vit import ViTConfig, pair
+from .configuration_vit import pair
+from .layouts import (
+    count,
+    fill_model,
+    find_grid,
+    label_fields,
+    listed,
+    make_layout,
+    need_tensors,
+    side_of,
+    size_of,
+    stem_stride,
+)
 from .modeling_vit import ViTForImageClassification
-from .presets import load_pretrained, make_config
+from .presets import load_pretrained
 
-Layout = dict[str, list[str]]
-Source = tuple[ViTForImageClassification, tuple[list[float], list[float]]]
-
-EPS = 1e-6  # of LayerNorm in both sources
 PICKLES = (".pth", ".bin", ".pt", ".ckpt")
 POSITIONS = "vit.embeddings.position_embeddings"
 POOLINGS = {"token": "cls", "avg": "mean", "map": "map"}
@@ -50,10 +56,10 @@ GOOGLE_NAMES = (
     (r"^backbone/stages/(\d+)/(\d+)", lambda found: f"block{int(found[1]) + 1}/unit{int(found[2]) + 1}"),
     ("^layernorm", "Transformer/encoder_norm"), ("^layers/", "Transformer/encoderblock_"),
     ("layernorm_before", "LayerNorm_0"), ("layernorm_after", "LayerNorm_2"),
-    ("attention/q_proj", "MultiHeadDotProductAttention_1/query"), ("attention/k_proj", "MultiHeadDotProductAttention_1/key"),
-    ("attention/v_proj", "MultiHeadDotProductAttention_1/value"), ("attention/o_proj", "MultiHeadDotProductAttention_1/out"),
-    ("mlp/fc1", "MlpBlock_3/Dense_0"), ("mlp/fc2", "MlpBlock_3/Dense_1"), ("^classifier", "head"),
-    ("^pre_logits/0", "pre_logits"), (r"(Norm_\d|norm|gn\w+)/weight$", r"\1/scale"), ("weight$", "kernel"),
+    ("attention/", "MultiHeadDotProductAttention_1/"), ("/q_proj", "/query"), ("/k_proj", "/key"),
+    ("/v_proj", "/value"), ("/o_proj", "/out"), ("mlp/fc1", "MlpBlock_3/Dense_0"), ("mlp/fc2", "MlpBlock_3/Dense_1"),
+    ("^classifier", "head"), ("^pre_logits/0", "pre_logits"), (r"(Norm_\d|norm|gn\w+)/weight$", r"\1/scale"),
+    ("weight$", "kernel"),
 )  # fmt: skip
 # before Linen, flax counted all modules together; since then, those of each class
 LINEN_NAMES = (("Attention_1", "Attention_0"), ("LayerNorm_2", "LayerNorm_1"), ("MlpBlock_3", "MlpBlock_0"))
@@ -62,7 +68,7 @@ LINEN_NAMES = (("Attention_1", "Attention_0"), ("LayerNorm_2", "LayerNorm_1"), (
 WIDTHS_WITH_16_HEADS = (1152, 1280, 1408, 1536, 1664)  # so400m, huge, giant, giantopt, gigantic
 OTHER_BLOCKS = re.compile("_(rope|rpn|quickgelu)(_|$)")
 TANH_GELU = re.compile("vit_(base_patch32_siglip|large_patch16_siglip.*_512|so400m_(patch16|.*tips)|giantopt)")
-UNSEEN = ("norm_layer", "embed_norm_layer", "block_fn", "attn_layer", "mlp_layer", "embed_layer", "pool_include_prefix")
+UNSEEN = "norm_layer block_fn attn_layer mlp_layer embed_layer embed_norm_layer pool_include_prefix".split()
 # architectures to save as: (embed_dim, depth, num_heads, patch_size, blocks of the hybrid's stages)
 ARCHITECTURES = {
     "vit_base_patch16_224": (768, 12, 12, 16, None), "vit_tiny_patch16_224": (192, 12, 3, 16, None),
@@ -73,12 +79,10 @@ ARCHITECTURES = {
 
 
 def load_source(source: str | Path) -> tuple[ViTForImageClassification, tuple[list[float], list[float]] | None]:
-    """A model in fp32 and the (mean, std) that its images are normalised with, from one of
-
-    - a folder with timm's config.json and model.safetensors,
-    - a .safetensors file with timm's names; what no timm config.json beside it tells is read off the shapes,
-    - a .npz file of google-research/vision_transformer,
-    - any other folder, as `load_pretrained` reads it; its (mean, std) is None.
+    """A model in fp32 and the (mean, std) that its images are normalised with. The source is a folder with timm's
+    config.json and model.safetensors, a .safetensors file with timm's names (what no timm config.json beside it tells
+    is read off the shapes), a .npz file of google-research/vision_transformer, or any other folder, as
+    `load_pretrained` reads it; its (mean, std) is None.
 
     Raises:
         ValueError: a file of another kind, another architecture, or tensors that are missing, extra or misshaped.
@@ -132,63 +136,60 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if any(name.startswith("opt/target/") for name in arrays):  # with the optimizer's state
         arrays = {name[11:]: array for name, array in arrays.items() if name.startswith("opt/target/")}
     if others := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
-        raise ValueError(f"{path.name} has arrays that are no floats: {_listed(others)}")
+        raise ValueError(f"{path.name} has arrays that are no floats: {listed(others)}")
     return arrays
 
 
-def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> Source:
+def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ViTForImageClassification, tuple]:
     """Source: timm/models/vision_transformer.py and vision_transformer_hybrid.py."""
     pretrained, arguments = config.get("pretrained_cfg") or config, config.get("model_args") or {}
     architecture = config.get("architecture") or pretrained.get("architecture") or ""
     activation = arguments.get("act_layer") or ("gelu_tanh" if TANH_GELU.match(architecture) else "gelu")
-    if architecture and not architecture.startswith("vit_"):
-        raise ValueError(f"its architecture is {architecture}, and vit_... can be converted")
-    if found := OTHER_BLOCKS.search(architecture):
-        raise ValueError(f"its architecture is {architecture}: {found[1]} is nothing that ViTConfig has")
+    if architecture and (not architecture.startswith("vit_") or OTHER_BLOCKS.search(architecture)):
+        raise ValueError(f"its architecture is {architecture}, and vit_... can be converted (no rope, rpn, quickgelu)")
     if unseen := [f"{name}={arguments[name]}" for name in UNSEEN if arguments.get(name)]:
         raise ValueError(f"its model_args have {', '.join(unseen)}, which ViTConfig has not")
     if activation not in ACTIVATIONS:
         raise ValueError(f"its act_layer is {activation!r}, and {', '.join(ACTIVATIONS)} can be converted")
-    _need(tensors, "timm", {"patch_embed.proj.weight": 4})
-    pool = arguments.get("global_pool") or config.get("global_pool") or pretrained.get("global_pool")
-    pooling, stem, registers = _timm_pooling(tensors, pool), _timm_stem(tensors), _size(tensors, "reg_token", 1)
+    need_tensors(tensors, "timm", {"patch_embed.proj.weight": 4})
     width, channels, *patch_size = tensors["patch_embed.proj.weight"].shape
-    size = arguments.get("img_size") or (pretrained.get("input_size") or [])[1:]
-    prefix, token = ("cls_token" in tensors) + registers, [side * _stride(stem) for side in patch_size]
-    grid = _grid("pos_embed", tensors.get("pos_embed"), prefix, token, pair(size) if size else None)
+    heads, head_width = arguments.get("num_heads"), size_of(tensors, "blocks.0.attn.q_norm.weight", 0)
+    if not (heads or head_width) and (width in WIDTHS_WITH_16_HEADS or architecture == "vit_base_patch16_gap_224"):
+        heads = 16
+    elif not (heads or head_width) and width % 64:
+        raise ValueError(f"its width {width} is no multiple of 64: model_args in a config.json must tell num_heads")
+    pool = arguments.get("global_pool") or config.get("global_pool") or pretrained.get("global_pool")
+    pooling, stem, registers = _timm_pooling(tensors, pool), _timm_stem(tensors), size_of(tensors, "reg_token", 1)
+    token, prefix = [side * stem_stride(stem) for side in patch_size], ("cls_token" in tensors) + registers
+    size = list(pair(arguments.get("img_size") or (pretrained.get("input_size") or [0, 0, 0])[1:]))
+    grid = find_grid("pos_embed", tensors.get("pos_embed"), prefix, token, size)
     tensors = _join_positions(tensors, grid[0] * grid[1])
-    num_labels = _size(tensors, "head.weight", 0) or config.get("num_classes", pretrained.get("num_classes")) or 0
+    num_labels = size_of(tensors, "head.weight", 0) or config.get("num_classes", pretrained.get("num_classes")) or 0
+    names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
     fields = {
-        "hidden_size": width,
-        "num_hidden_layers": _count(tensors, r"blocks\.(\d+)\."),
-        "num_attention_heads": arguments.get("num_heads") or _timm_heads(tensors, width, architecture),
-        "intermediate_size": _size(tensors, "blocks.0.mlp.fc1.weight", 0) or 4 * width,
+        "hidden_size": width, "num_hidden_layers": count(tensors, r"blocks\.(\d+)\."),
+        "num_attention_heads": heads or width // (head_width or 64),
+        "intermediate_size": size_of(tensors, "blocks.0.mlp.fc1.weight", 0) or 4 * width,
         "hidden_act": ACTIVATIONS[activation],
-        "image_size": _side(pair(size) if size else [grid[0] * token[0], grid[1] * token[1]]),
-        "patch_size": _side(patch_size),
-        "num_channels": _size(tensors, _timm_root(stem), 1) if stem else channels,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "image_size": side_of(size if any(size) else [grid[0] * token[0], grid[1] * token[1]]),
+        "patch_size": side_of(patch_size), "num_channels": size_of(tensors, _timm_root(stem), 1) if stem else channels,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors, "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
         "hidden_dropout_prob": float(arguments.get("proj_drop_rate") or 0),
         "attention_probs_dropout_prob": float(arguments.get("attn_drop_rate") or 0),
         "drop_path_rate": float(arguments.get("drop_path_rate") or 0),
         "position_embedding": "learned_1d" if "pos_embed" in tensors else "none",
-        "pooling": pooling,
-        "fc_norm": pooling == "mean" and "fc_norm.weight" in tensors,
+        "pooling": pooling, "fc_norm": pooling == "mean" and "fc_norm.weight" in tensors,
         "layer_scale_init": float(arguments.get("init_values") or 1e-5) if "blocks.0.ls1.gamma" in tensors else None,
-        "num_register_tokens": registers,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
-    }
-    names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
-    fields |= stem | _labels(num_labels, names)
+        "num_register_tokens": registers, **stem, **label_fields(num_labels, names),
+    }  # fmt: skip
     mean, std = (list(pretrained.get(name) or [0.5] * fields["num_channels"]) for name in ("mean", "std"))
-    return _fill(fields, tensors, _timm_patterns(fields)), (mean, std)
+    return fill_model(fields, tensors, _timm_patterns(fields)), (mean, std)
 
 
 def _timm_pooling(tensors: dict[str, Tensor], pool: str | None) -> str:
     """What ViTConfig calls it. Raises ValueError for a pooling that it has not."""
-    if not pool:
-        pool = "map" if "attn_pool.latent" in tensors else "avg" if "fc_norm.weight" in tensors else None
-        pool = pool or ("token" if "cls_token" in tensors else "avg")
+    by_tensors = {"attn_pool.latent": "map", "fc_norm.weight": "avg", "cls_token": "token"}
+    pool = pool or next((pool for name, pool in by_tensors.items() if name in tensors), "avg")
     if pool not in POOLINGS:
         raise ValueError(f"its global_pool is {pool!r}, and {', '.join(POOLINGS)} can be converted")
     if "cls_token" in tensors and pool != "token":
@@ -196,23 +197,12 @@ def _timm_pooling(tensors: dict[str, Tensor], pool: str | None) -> str:
     return POOLINGS[pool]
 
 
-def _timm_heads(tensors: dict[str, Tensor], width: int, architecture: str) -> int:
-    """Heads are 64 wide unless something says otherwise. Raises ValueError where 64 does not divide the width."""
-    if head_width := _size(tensors, "blocks.0.attn.q_norm.weight", 0):
-        return width // head_width
-    if width in WIDTHS_WITH_16_HEADS or architecture == "vit_base_patch16_gap_224":
-        return 16
-    if width % 64:
-        raise ValueError(f"its width {width} is no multiple of 64: model_args in a config.json must tell num_heads")
-    return width // 64
-
-
 def _timm_stem(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The configuration's fields of a hybrid's ResNet; none for a ViT."""
-    stages = _count(tensors, r"patch_embed\.backbone\.stages\.(\d+)\.")
-    depths = [_count(tensors, rf"patch_embed\.backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(stages)]
+    stages = count(tensors, r"patch_embed\.backbone\.stages\.(\d+)\.")
+    depths = [count(tensors, rf"patch_embed\.backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(stages)]
     stem = {"stem": "hybrid_resnet", "stem_depths": depths}
-    channels = _size(tensors, _timm_root(stem), 0)
+    channels = size_of(tensors, _timm_root(stem), 0)
     return stem | {"stem_width": channels} if channels else {}
 
 
@@ -233,7 +223,7 @@ def _join_positions(tensors: dict[str, Tensor], num_patches: int) -> dict[str, T
     k, table, tensors = int("cls_token" in tensors), tensors["pos_embed"], dict(tensors)
     prefix, patches = table[:, : table.shape[1] - num_patches], table[:, table.shape[1] - num_patches :]
     first = prefix[:, :k] if prefix.shape[1] else torch.zeros_like(patches[:, :k])
-    if prefix[:, k:].any():
+    if prefix[:, k:].any() and tensors["reg_token"].shape == prefix[:, k:].shape:
         tensors["reg_token"] = tensors["reg_token"] + prefix[:, k:]
     tensors["pos_embed"] = torch.cat((first, patches), dim=1)
     return tensors
@@ -242,8 +232,10 @@ def _join_positions(tensors: dict[str, Tensor], num_patches: int) -> dict[str, T
 def to_timm(model: ViTForImageClassification) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors under timm's names, and what timm's config.json says of them.
 
-    Positions of `learned_2d` and `sincos_2d` become the table that they make. A hybrid's tensors are the same in timm,
-    its arithmetic nearly: timm's GroupNorm has an eps of 1e-5, Google's and ours of 1e-6.
+    Positions of `learned_2d` and `sincos_2d` become the table that they make. A hybrid has the same tensors in timm,
+    and nearly the same logits: timm standardises weights by sqrt(variance + 1e-8) and has an eps of 1e-5 in GroupNorm,
+    where Google and this package have deviation + 1e-5 and 1e-6. timm's LayerNorm has an eps of 1e-6, whatever the
+    model's own is.
 
     Raises:
         ValueError: options that timm's vit has not.
@@ -252,42 +244,39 @@ def to_timm(model: ViTForImageClassification) -> tuple[dict[str, Tensor], dict[s
     if not isinstance(model, ViTForImageClassification):
         raise ValueError(f"its model_type is {config.model_type}; vit and vit_hf can be converted")
     lacking = {
-        "position_embedding": config.position_embedding == "relative",
-        "stem": config.stem == "conv",
+        "position_embedding": config.position_embedding == "relative", "stem": config.stem == "conv",
         "stem_depths": all(facts[4] != config.stem_depths for facts in ARCHITECTURES.values()),
-        "stem_width": config.stem_width != 64,
-        "head_hidden_size": config.head_hidden_size is not None,
+        "stem_width": config.stem_width != 64, "head_hidden_size": config.head_hidden_size is not None,
         "hidden_act": config.hidden_act not in ACTIVATIONS.values(),
-        "layer_norm_eps": config.layer_norm_eps != EPS,
         "qkv_bias": config.pooling == "map" and not config.qkv_bias,  # its pooling always has them
-    }
+    }  # fmt: skip
     if names := [f"{name}={getattr(config, name)}" for name, lacks in lacking.items() if lacks]:
         raise ValueError(f"timm's vit has no {', '.join(names)}")
     ours = {name: value.detach().cpu() for name, value in model.state_dict().items() if "_position_" not in name}
     no_embed_class, table = False, model.vit.embeddings.positions(config.grid_size)
     if table is not None:
-        num_patches = config.grid_size[0] * config.grid_size[1]
+        num_patches = math.prod(config.grid_size)
         prefix, patches = table.detach().cpu().split((table.shape[1] - num_patches, num_patches), dim=1)
         no_embed_class = config.num_prefix_tokens > 0 and not prefix.any().item()
         registers = patches.new_zeros(1, config.num_register_tokens, config.hidden_size)
         ours[POSITIONS] = patches if no_embed_class else torch.cat((prefix, registers, patches), dim=1)
-    layout = _layout(ours, _timm_patterns(config.to_dict()))
+    layout = make_layout(ours, _timm_patterns(config.to_dict()))
     tensors = {there: torch.cat([ours[name] for name in here]) for there, here in layout.items()}
     return tensors, _timm_json(config, no_embed_class)
 
 
 def _timm_json(config: Any, no_embed_class: bool) -> dict[str, Any]:
     """config.json: the nearest of ARCHITECTURES, and model_args for what is different from it."""
-    names, depths = ("embed_dim", "depth", "num_heads", "patch_size"), config.stem_depths
-    facts = [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, _side(pair(config.patch_size))]
+    names, width, depths = ("embed_dim", "depth", "num_heads", "patch_size"), config.hidden_size, config.stem_depths
+    facts = [width, config.num_hidden_layers, config.num_attention_heads, side_of(pair(config.patch_size))]
     candidates = [name for name, there in ARCHITECTURES.items() if there[4] == depths]
     architecture = max(candidates, key=lambda name: sum(a == b for a, b in zip(facts, ARCHITECTURES[name])))
     pool = next(there for there, here in POOLINGS.items() if here == config.pooling)
-    ratio = config.intermediate_size / config.hidden_size
-    if int(config.hidden_size * ratio) != config.intermediate_size:  # timm takes the whole part
-        ratio = (config.intermediate_size + 0.5) / config.hidden_size
+    ratio = config.intermediate_size / width
+    if int(width * ratio) != config.intermediate_size:  # timm takes the whole part
+        ratio = (config.intermediate_size + 0.5) / width
     arguments = dict(zip(names, zip(facts, ARCHITECTURES[architecture]))) | {  # (here, where timm is not told)
-        "img_size": (_side(pair(config.image_size)), 224), "in_chans": (config.num_channels, 3),
+        "img_size": (side_of(pair(config.image_size)), 224), "in_chans": (config.num_channels, 3),
         "mlp_ratio": (ratio, 4.0), "qkv_bias": (config.qkv_bias, True), "qk_norm": (config.qk_norm, False),
         "init_values": (config.layer_scale_init, None), "class_token": (config.has_class_token, True),
         "pos_embed": ("none" if config.position_embedding == "none" else "learn", "learn"),
@@ -300,7 +289,7 @@ def _timm_json(config: Any, no_embed_class: bool) -> dict[str, Any]:
     model_args = {name: here for name, (here, there) in arguments.items() if here != there}
     root = "patch_embed.proj" if depths is None else _timm_root({"stem_depths": depths}).removesuffix(".weight")
     half = [0.5] * config.num_channels
-    described = {"architecture": architecture, "num_classes": config.num_labels, "num_features": config.hidden_size}
+    described = {"architecture": architecture, "num_classes": config.num_labels, "num_features": width}
     described |= {"global_pool": pool} | ({"model_args": model_args} if model_args else {})
     described["pretrained_cfg"] = {
         "input_size": [config.num_channels, *pair(config.image_size)], "fixed_input_size": True,
@@ -310,59 +299,52 @@ def _timm_json(config: Any, no_embed_class: bool) -> dict[str, Any]:
     return described
 
 
-def save_timm(
-    model: ViTForImageClassification, directory: str | Path, mean: list[float], std: list[float], label_names: list[str]
-) -> None:
+def save_timm(model: ViTForImageClassification, directory: str | Path, mean: list[float], std: list[float]) -> None:
     """Writes config.json and model.safetensors as a timm repository on the Hub has them. Both sides of an image are
-    said to be resized, bilinearly, as this package does it where it is not told otherwise.
-
-    Raises:
-        ValueError: options that timm's vit has not.
-    """
+    said to be resized, bilinearly, as this package does it by default. Raises ValueError as `to_timm` does."""
     tensors, config = to_timm(model)
     config["pretrained_cfg"] |= {"mean": list(mean), "std": list(std)}
-    config |= {"label_names": list(label_names)} if label_names else {}
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if names and names != [f"LABEL_{index}" for index in range(len(names))]:
+        config["label_names"] = names
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _from_google(arrays: dict[str, np.ndarray]) -> Source:
-    """A file without `cls` is of the `gap` kind, which takes the mean of the tokens.
+def _from_google(arrays: dict[str, np.ndarray]) -> tuple[ViTForImageClassification, tuple]:
+    """A file without `cls` is of the `gap` kind, which takes the mean of the tokens. GELU is exact, as timm and
+    transformers have it for these files; flax's own is the tanh approximation unless told otherwise.
 
     Source: google-research/vision_transformer, vit_jax/models_vit.py, models_resnet.py and checkpoint.py.
     """
     older = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel" in arrays
     patterns = GOOGLE_NAMES if older else GOOGLE_NAMES + LINEN_NAMES
     ours = (f"vit.layers.0.{part}.weight" for part in ("attention.q_proj", "mlp.fc1"))
-    query, mlp, table = _layout((*ours, POSITIONS), patterns)
-    _need(arrays, "google-research/vision_transformer", {"embedding/kernel": 4, query: 3, mlp: 2, table: 3})
+    query, mlp, table = make_layout((*ours, POSITIONS), patterns)
+    need_tensors(arrays, "google-research/vision_transformer", {"embedding/kernel": 4, query: 3, mlp: 2, table: 3})
     *patch_size, channels, width = arrays["embedding/kernel"].shape
-    depths = [_count(arrays, rf"block{i + 1}/unit(\d+)/") for i in range(_count(arrays, r"block(\d+)/"))]
-    stem = {"stem": "hybrid_resnet", "stem_depths": depths, "stem_width": _size(arrays, "conv_root/kernel", 3)}
+    depths = [count(arrays, rf"block{i + 1}/unit(\d+)/") for i in range(count(arrays, r"block(\d+)/"))]
+    stem = {"stem": "hybrid_resnet", "stem_depths": depths, "stem_width": size_of(arrays, "conv_root/kernel", 3)}
     stem = stem if stem["stem_width"] else {}
-    token = [side * _stride(stem) for side in patch_size]
-    grid = _grid(table, arrays[table], int("cls" in arrays), token, None)
+    token = [side * stem_stride(stem) for side in patch_size]
+    grid = find_grid(table, arrays[table], int("cls" in arrays), token, [0, 0])
     fields = {
-        "hidden_size": width,
-        "num_hidden_layers": _count(arrays, r"Transformer/encoderblock_(\d+)/"),
-        "num_attention_heads": arrays[query].shape[1],
-        "intermediate_size": arrays[mlp].shape[1],
-        "hidden_act": "gelu",
-        "image_size": _side([grid[0] * token[0], grid[1] * token[1]]),
-        "patch_size": _side(patch_size),
-        "num_channels": _size(arrays, "conv_root/kernel", 2) if stem else channels,
+        "hidden_size": width, "num_hidden_layers": count(arrays, r"Transformer/encoderblock_(\d+)/"),
+        "num_attention_heads": arrays[query].shape[1], "intermediate_size": arrays[mlp].shape[1], "hidden_act": "gelu",
+        "image_size": side_of([grid[0] * token[0], grid[1] * token[1]]), "patch_size": side_of(patch_size),
+        "num_channels": size_of(arrays, "conv_root/kernel", 2) if stem else channels,
         "pooling": "cls" if "cls" in arrays else "mean",
-        "head_hidden_size": _size(arrays, "pre_logits/kernel", 1) or None,
-    }
-    fields |= stem | _labels(_size(arrays, "head/kernel", 1), None)
+        "head_hidden_size": size_of(arrays, "pre_logits/kernel", 1) or None,
+        "num_labels": size_of(arrays, "head/kernel", 1), **stem,
+    }  # fmt: skip
     tensors = {name: _google_tensor(name, array) for name, array in arrays.items()}
-    return _fill(fields, tensors, patterns), tuple([0.5] * fields["num_channels"] for _ in range(2))
+    return fill_model(fields, tensors, patterns), tuple([0.5] * fields["num_channels"] for _ in range(2))
 
 
 def _google_tensor(name: str, array: np.ndarray) -> Tensor:
-    """As torch has it: kernels (..., inputs, outputs) and (H, W, inputs, outputs) put outputs first, heads are joined."""
+    """As torch has it: kernels (inputs, outputs) and (H, W, inputs, outputs) with outputs first, heads joined."""
     tensor = torch.from_numpy(array.astype(np.float32))
     if name.endswith(("/bias", "/scale")):  # (heads, D/heads) of attention, (1, 1, 1, C) of older GroupNorms
         return tensor.flatten()
@@ -371,100 +353,3 @@ def _google_tensor(name: str, array: np.ndarray) -> Tensor:
     if tensor.ndim == 4:
         return tensor.permute(3, 2, 0, 1)
     return (tensor.flatten(end_dim=-2) if name.endswith("/out/kernel") else tensor.flatten(1)).T
-
-
-def _layout(ours: Iterable[str], patterns: tuple) -> Layout:
-    layout: Layout = {}
-    for name in ours:
-        there = name
-        for pattern, replacement in patterns:
-            there = re.sub(pattern, replacement, there)
-        layout.setdefault(there, []).append(name)
-    return layout
-
-
-def _fill(fields: dict[str, Any], tensors: dict[str, Tensor], patterns: tuple) -> ViTForImageClassification:
-    """A model with these weights. Raises ValueError for tensors that are missing, extra or misshaped."""
-    model = ViTForImageClassification(make_config(ViTConfig, fields | {"layer_norm_eps": EPS}))
-    expected, weights, misshaped = model.state_dict(), {}, []
-    layout = _layout(expected, patterns)
-    for there, here in layout.items():
-        lengths = [len(expected[name]) for name in here]
-        shape = (sum(lengths), *expected[here[0]].shape[1:])
-        if there in tensors and tensors[there].shape == shape:
-            weights |= dict(zip(here, tensors[there].split(lengths)))
-        elif there in tensors:
-            misshaped.append(f"{there} {tuple(tensors[there].shape)} instead of {shape}")
-    missing, unexpected = ([name for name in a if name not in b] for a, b in ((layout, tensors), (tensors, layout)))
-    kinds = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
-    if reasons := [f"{what} {_listed(names)}" for what, names in kinds.items() if names]:
-        raise ValueError(f"its tensors are not those of a ViT with {len(model.vit.layers)} layers: {'; '.join(reasons)}")
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _grid(
-    name: str, table: Tensor | np.ndarray | None, prefix: int, token: list[int], size: tuple[int, int] | None
-) -> list[int]:
-    """Rows and columns of patches: those of an image of this size, or the one square that fits the table's rows.
-
-    Args:
-        table: positions (1, N, D) or (1, prefix + N, D), with `prefix` class and register tokens before the patches.
-        token: (height, width) in pixels of a patch.
-
-    Raises:
-        ValueError: no such grid.
-    """
-    shape = () if table is None else tuple(table.shape)
-    rows = shape[1] if len(shape) == 3 else 0
-    if size:
-        grid = [size[0] // token[0], size[1] // token[1]]
-        if shape and rows - grid[0] * grid[1] not in (0, prefix):
-            raise ValueError(f"{name} has the shape {shape}, and {size[0]}x{size[1]} pixels make a grid of {grid}")
-        return grid
-    sides = {math.isqrt(count) for count in (rows, rows - prefix) if count > 0 and math.isqrt(count) ** 2 == count}
-    if len(sides) != 1:
-        raise ValueError(f"{name} has the shape {shape}, no square grid; a config.json must tell input_size")
-    return [*sides, *sides]
-
-
-def _need(tensors: dict[str, Any], whose: str, dimensions: dict[str, int]) -> None:
-    """Raises ValueError unless the tensors that sizes are read off are there with so many dimensions."""
-    for name, number in dimensions.items():
-        if name not in tensors:
-            raise ValueError(f"no tensor {name}, so it is no ViT of {whose}; it has {_listed(sorted(tensors))}")
-        if tensors[name].ndim != number:
-            raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not {number} dimensions")
-
-
-def _labels(num_labels: int, names: list[str] | dict[str, str] | None) -> dict[str, Any]:
-    """Classes in a configuration; LABEL_i where there are no names. Raises ValueError for too many or too few."""
-    names = [names[index] for index in sorted(names, key=int)] if isinstance(names, dict) else names
-    if not names or not num_labels:
-        return {"num_labels": num_labels}
-    if len(names) != num_labels:
-        raise ValueError(f"label_names has {len(names)} names, the head {num_labels} classes")
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    return len({found[1] for name in names if (found := re.match(pattern, name))})
-
-
-def _size(tensors: dict[str, Any], name: str, dimension: int) -> int:
-    shape = tensors[name].shape if name in tensors else ()
-    return shape[dimension] if len(shape) > dimension else 0
-
-
-def _stride(stem: dict[str, Any]) -> int:
-    """Pixels a cell of what is cut into patches: 4 after a hybrid's root, twice that with each stage but the first."""
-    return 4 * 2 ** max(len(stem["stem_depths"]) - 1, 0) if stem else 1
-
-
-def _side(size: Iterable[int]) -> int | list[int]:
-    height, width = size
-    return height if height == width else [height, width]

@@ -63,7 +63,7 @@ class Embeddings(nn.Module):
             first, positions = first + positions[:, :1], positions[:, 1:]
         if positions is not None:
             tokens = tokens + positions
-        prefix = [part.expand(len(tokens), -1, -1) for part in (first, self.register_tokens) if part is not None]
+        prefix = [part.expand(tokens.shape[0], -1, -1) for part in (first, self.register_tokens) if part is not None]
         return self.dropout(torch.cat((*prefix, tokens), dim=1) if prefix else tokens)
 
     def positions(self, grid_size: Grid) -> Tensor | None:
@@ -168,7 +168,9 @@ class Attention(nn.Module):
     def position_bias(self, index: Tensor, grid_size: Grid) -> Tensor:
         """The bias of each head for each pair of tokens of this grid: (1, heads, N, N)."""
         table = resize_relative_table(self.relative_position_bias_table, self.config.grid_size, grid_size)
-        return table[index].permute(2, 0, 1)[None]
+        bias = table[index].permute(2, 0, 1)[None]
+        # a bias that wants a gradient is traced into a form of attention that the exporter cannot translate
+        return bias.detach() if torch.onnx.is_in_onnx_export() else bias
 
 
 class MLP(nn.Module):
@@ -195,7 +197,7 @@ class DropPath(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.rate == 0 or not self.training:
             return hidden_states
-        shape = (len(hidden_states),) + (1,) * (hidden_states.ndim - 1)
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
         keep = torch.empty(shape, device=hidden_states.device).bernoulli_(1 - self.rate).div_(1 - self.rate)
         return hidden_states * keep.to(hidden_states.dtype)
 
@@ -260,5 +262,5 @@ class AttentionPooling(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        pooled, _ = self.attention(tokens, queries=self.probe.expand(len(tokens), -1, -1))
+        pooled, _ = self.attention(tokens, queries=self.probe.expand(tokens.shape[0], -1, -1))
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]

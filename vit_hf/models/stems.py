@@ -7,6 +7,7 @@ attention, heads or files.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from .configuration_vit import ViTConfig, pair
@@ -77,7 +78,7 @@ class StandardisedConv(nn.Conv2d):
         self.pad = (total // 2, total - total // 2) * 2
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self.weight.float()
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         deviation, mean = weight.std(dim=(1, 2, 3), keepdim=True, correction=0), weight.mean((1, 2, 3), keepdim=True)
         weight = ((weight - mean) / (deviation + 1e-5)).to(self.weight.dtype)
         return nn.functional.conv2d(nn.functional.pad(hidden_states, self.pad), weight, stride=self.stride)
