@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine,
@@ -64,7 +65,7 @@ def table(report: dict[str, Any]) -> str:
         cell = f"{row['largest_difference']:.1e}" if stems else f"{row['share_of_matmul'][1]:.0%}"
         lines.append(
             f"| {row['preset']} | {row['dtype']} | {row['batch_size']} | {row['model']} | "
-            f"{row['images_per_second']:.{0 if row['images_per_second'] >= 100 else 1}f} | {faster} | {cell} |"
+            f"{row['images_per_second']:.{0 if row['images_per_second'] >= 100 else 2}f} | {faster} | {cell} |"
         )
     rates = {row["dtype"]: row["matmul_flops_per_second"] for row in report["rows"]}
     return "\n".join(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vit_hf.models import ViTConfig
-from vit_hf.models.stems import ConvStem, HybridResNetStem, PatchProjection, StandardisedConv
+from vit_hf.models.stems import BatchNorm, ConvStem, HybridResNetStem, PatchProjection, StandardisedConv
 
 TINY = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 
@@ -42,7 +42,7 @@ def test_conv_stem_halves_the_image_step_by_step(patch, widths):
     assert [conv.out_channels for conv in convolutions] == widths
     assert {(conv.kernel_size, conv.stride) for conv in convolutions} == {((3, 3), (2, 2))}
     kinds = [type(module) for module in stem.convolutions]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * len(widths)
+    assert kinds == [nn.Conv2d, BatchNorm, nn.ReLU] * len(widths)
     images = torch.randn(2, 3, 64, 64)
     tokens = stem(images)
     assert tokens.shape == (2, (64 // patch) ** 2, 48)
@@ -52,6 +52,22 @@ def test_conv_stem_halves_the_image_step_by_step(patch, widths):
     stem.eval()
     differs = (stem(images) - stem(changed)).abs().amax(dim=(0, 2)) > 1e-6
     assert differs[-1] and not differs[0]
+
+
+def test_batch_norm_with_16_bit_weights_keeps_fp32_statistics():
+    """To the bit those of torch's own BatchNorm in fp32 on the same numbers."""
+    ours, reference = BatchNorm(4), nn.BatchNorm2d(4)
+    ours.weight.data, ours.bias.data = (parameter.data.bfloat16() for parameter in (ours.weight, ours.bias))
+    for _ in range(3):
+        images = torch.randn(8, 4, 5, 5).bfloat16()
+        found, expected = ours(images), reference(images.float())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.01)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(ours, name), getattr(reference, name))
+    images = torch.randn(2, 4, 5, 5).bfloat16()
+    torch.testing.assert_close(ours.eval()(images).float(), reference.eval()(images.float()), rtol=0.01, atol=0.01)
+    assert ours.num_batches_tracked == 3
 
 
 def test_standardised_convolution_written_out():

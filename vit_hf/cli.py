@@ -65,7 +65,7 @@ def models(argv: list[str]) -> None:
             name,
             f"{size.num_parameters / 1e6:.1f} M",
             size.num_tokens or "-",
-            f"{size.forward_flops / 1e9:.1f}",
+            f"{size.forward_flops / 1e9:.{1 if size.forward_flops > 1e10 else 2}f}",
             f"{size.state_bytes / 2**30:.2f} GiB",
             f"{size.activation_bytes / 2**20:.1f} MiB",
         )

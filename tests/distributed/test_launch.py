@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, ROOT, in_process, launch, lines, python, trajectory, words
 
 pytestmark = pytest.mark.slow
@@ -103,6 +104,47 @@ def _undo_to_step_3(folder):
     (folder / "checkpoint-6.tmp").mkdir()
     (folder / "all_results.json").unlink()
     (folder / "model.safetensors").unlink()
+
+
+def test_every_family_trains_under_zero2_on_two_processes(tmp_path):
+    """In one launch that walks through them, in bf16; each exports fp32 weights that have moved."""
+    flags = {"dataset_name": "digits", "max_steps": 2, "global_batch_size": 32, "logging_steps": 1, "warmup_steps": 1}
+    flags |= {"max_train_samples": 100, "max_eval_samples": 21, "weight_decay": 0}
+    walk = [ROOT / "tests/distributed/walk_families.py", tmp_path]
+    result = launch(walk, "zero2", launcher=(*TWO, "--mixed_precision", "bf16"), **flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for family in FAMILIES:
+        finished(result, tmp_path / family, 2, 2)
+        assert [step for step, _, _ in trajectory(tmp_path / family)] == [1, 2]
+        tensors = load_file(tmp_path / family / "model.safetensors")
+        floats = {name: tensor for name, tensor in tensors.items() if "num_batches" not in name}
+        assert {tensor.dtype for tensor in floats.values()} == {torch.float32}
+        biases = [tensor for name, tensor in tensors.items() if name.startswith("classifier") and tensor.ndim == 1]
+        assert biases[0].any()  # it started at zero
+
+
+@pytest.mark.parametrize(("config", "stage"), [("cpu_2proc", 0), ("zero1", 1), ("zero3", 3)])
+def test_batch_norm_statistics_are_those_of_the_main_process_everywhere(config, stage, tmp_path):
+    """The two processes see other images. The evaluation at the end used the statistics that are exported: the folder,
+    evaluated by one process, gives the same loss."""
+    preset, changes = FAMILIES["resnet"]
+    flags = {**RUN, "preset": preset, "config_overrides": ",".join(f"{k}={v}" for k, v in changes.items())}
+    finished(
+        launch("pretrain", config, launcher=(*TWO, *FP32), output_dir=tmp_path / "run", **flags),
+        tmp_path / "run",
+        2,
+        stage,
+    )
+    tensors = load_file(tmp_path / "run/model.safetensors")
+    steps = [tensor.item() for name, tensor in tensors.items() if name.endswith("num_batches_tracked")]
+    means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
+    assert set(steps) == {6} and len(steps) == len(means) > 5 and all(mean.any() for mean in means)
+    alone = python(
+        "-m", "vit_hf.cli", "evaluate", tmp_path / "run", "--dataset_name", "digits", "--max_eval_samples", 101
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    one, both = (json.loads((tmp_path / "run" / f"{name}_results.json").read_text()) for name in ("eval", "all"))
+    assert one["eval_loss"] == pytest.approx(both["eval_loss"], rel=1e-5)
 
 
 def test_zero3_with_offload(single, tmp_path):

@@ -18,6 +18,7 @@ from transformers.models.bit.modeling_bit import WeightStandardizedConv2d, make_
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
 from .saving import ReadsStock, SavesAsStock
+from .stems import BatchNorm
 
 
 class _BaselineConfig(ReadsStock):
@@ -167,6 +168,9 @@ class ResNetForImageClassification(_Baseline, transformers.ResNetForImageClassif
             )
             stem.pooler = nn.Identity()
             self.post_init()  # initialises what is new
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = BatchNorm  # the same tensors, a forward pass that takes 16-bit weights too
 
 
 class BitForImageClassification(_Baseline, transformers.BitForImageClassification):

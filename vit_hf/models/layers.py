@@ -62,7 +62,7 @@ class Embeddings(nn.Module):
         if self.kind == "learned_1d" and first is not None:
             first, positions = first + positions[:, :1], positions[:, 1:]
         if positions is not None:
-            tokens = tokens + positions
+            tokens = tokens + positions.to(dtype)  # a buffer may have kept another one
         prefix = [part.expand(tokens.shape[0], -1, -1) for part in (first, self.register_tokens) if part is not None]
         return self.dropout(torch.cat((*prefix, tokens), dim=1) if prefix else tokens)
 
@@ -145,6 +145,8 @@ class Attention(nn.Module):
         relative_positions: RelativePositions | None = None,
         queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if torch.is_autocast_enabled(hidden_states.device.type):  # once, and not in each of the three projections
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         queries = hidden_states if queries is None else queries
         query = self.q_norm(self.split_heads(self.q_proj(queries)))
         key = self.k_norm(self.split_heads(self.k_proj(hidden_states)))

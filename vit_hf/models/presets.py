@@ -81,8 +81,8 @@ PRESETS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
     "vit-small-patch16-224-better-baseline": _vit(
         "small", 16, 224, pooling="mean", position_embedding="sincos_2d", initializer="paper"
     ),
-    # Hybrids. r50 with 3-4-9 blocks: ViT paper, appendix B.1 (stride 16); with stage 4 (stride 32) and r26: AugReg
-    # (arXiv 2106.10270), table 2
+    # Hybrids. r50 with 3-4-9 blocks (stride 16) and with stage 4 (stride 32): ViT paper, section 4.1; r26: AugReg (arXiv
+    # 2106.10270), table 2
     "r26-vit-small-patch1-224": _hybrid("small", 224, [2, 2, 2, 2]),
     "r26-vit-small-patch1-384": _hybrid("small", 384, [2, 2, 2, 2]),
     "r50-vit-base-patch1-224": _hybrid("base", 224, [3, 4, 9]),

@@ -46,6 +46,21 @@ class PatchEmbeddings(nn.Module):
         return self.projection(pixel_values)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm (B, C, H, W) -> (B, C, H, W) that also takes weights of another precision than its statistics: DeepSpeed
+    turns parameters into 16 bits and leaves buffers in fp32, where running averages belong."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.weight.dtype == self.running_mean.dtype:
+            return super().forward(hidden_states)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        weight, bias = (parameter.to(self.running_mean.dtype) for parameter in (self.weight, self.bias))
+        return nn.functional.batch_norm(
+            hidden_states, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+
 class ConvStem(nn.Module):
     """Early convolutions: 3x3 of stride 2, each with BatchNorm and ReLU, until a position is one patch apart from the
     next, then a 1x1: (B, C, H, W) -> (B, N, D). Channels double from one to the next, and the last two have D.
@@ -60,7 +75,7 @@ class ConvStem(nn.Module):
         self.convolutions = nn.Sequential()
         for inputs, outputs in zip(channels, channels[1:]):
             self.convolutions.append(nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1, bias=False))
-            self.convolutions.append(nn.BatchNorm2d(outputs))
+            self.convolutions.append(BatchNorm(outputs))
             self.convolutions.append(nn.ReLU())
         self.projection = PatchProjection(config.hidden_size, config.hidden_size, (1, 1))
 
