@@ -6,11 +6,12 @@ for all three and left out.
     python benchmarks/models.py --stems                          the patch stem alone, as matrix product and convolution
     python benchmarks/models.py --table benchmarks/results/*.json
 
-The models take turns of a few steps, in an order that rotates from round to round, and so does a large matrix product:
+The models take turns of a few steps, in another order in each round, and so does a large matrix product:
 a machine that slows down or is shared slows all of them, and ratios are taken within a round.
 """
 
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -112,10 +113,10 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> Step:
 
 def interleave(turns: dict[str, Step], rounds: int, warmup: int, steps: int, device: torch.device) -> dict[str, list]:
     """Seconds a step of each, for each round after the warm-up rounds. A round gives each a turn of `steps` steps."""
-    names, seconds = list(turns), {name: [] for name in turns}
+    names, seconds, order = list(turns), {name: [] for name in turns}, random.Random(0)
     for index in range(warmup + rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
+        order.shuffle(names)  # not only rotated: what comes before a turn leaves its traces in caches and clocks
+        for name in names:
             start = now(device)
             for _ in range(steps):
                 turns[name]()

@@ -1,6 +1,9 @@
 import json
+import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.runs import DEMO_DEFAULTS, in_process, python
 from vit_hf.cli import dispatch, match_classes
@@ -99,3 +102,53 @@ def test_dry_run_writes_nothing(run, tmp_path, capsys):
     run("pretrain", dry_run="true", per_device_train_batch_size=8)
     said = capsys.readouterr().out
     assert "1 processes x 8 images x 4 accumulation steps" in said and not (tmp_path / "run").exists()
+
+
+def test_models_shows_a_preset_and_what_becomes_of_an_image(capsys):
+    dispatch(["models", "vit-base-patch16-224", "--config_overrides", "num_hidden_layers=1,pooling=map"])
+    shown = capsys.readouterr().out
+    assert re.search(r"^vit-base-patch16-224 +\d+\.\d M +196 +\d+\.\d+ +\d+\.\d\d GiB +\d+\.\d MiB$", shown, re.M)
+    table = shown.split("part ")[1].splitlines()
+    shapes = {line.split()[0]: line.split(maxsplit=1)[1] for line in table if " x " in line and "GFLOPs" not in line}
+    assert shapes["pixel_values"] == "1 x 3 x 224 x 224" and shapes["vit.embeddings"] == "1 x 196 x 768"
+    assert shapes["vit.attention_pool"] == "1 x 768" and shapes["classifier"] == "1 x 1000"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["vit-base"], "model vit-base: no such preset; did you mean .*vit-base-patch16-224"),
+        (["vit-base-patch16-224", "--config_overrides", "stem=swin"], "stem: 'swin' is not one of patch, hybrid_resnet, conv"),
+        (["--config_overrides", "pooling=mean"], "--config_overrides goes with the NAME of a preset"),
+        (["--size"], "unrecognized arguments: --size"),
+    ],
+)  # fmt: skip
+def test_models_refuses_in_one_line(words, message):
+    with pytest.raises(ArgumentError, match=message):
+        dispatch(["models", *words])
+
+
+def test_convert_to_timm_and_back_changes_nothing(trained, tmp_path, capsys):
+    """Weights to the bit, class names, and the pixels that the processor makes; the way back is the same stock folder."""
+    dispatch(["convert", str(trained), str(tmp_path / "timm"), "--to", "timm"])
+    assert json.loads((tmp_path / "timm/config.json").read_text())["architecture"].startswith("vit_")
+    dispatch(["convert", str(tmp_path / "timm"), str(tmp_path / "back")])
+    assert "stock vit" in capsys.readouterr().out
+    one, two = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "back"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("config.json", "preprocessor_config.json"):
+        before, after = (json.loads((folder / name).read_text()) for folder in (trained, tmp_path / "back"))
+        ignored = ("initializer_range", "transformers_version")
+        differ = [key for key in before if before[key] != after.get(key) and key not in ignored]
+        assert differ == [], (name, differ)
+
+
+def test_convert_refuses_in_one_line(trained, tmp_path):
+    for words, error, message in (
+        ([tmp_path / "none", tmp_path / "x"], UserError, "none: no such file or folder"),
+        ([trained, trained], UserError, "holds a model already"),
+        ([trained, tmp_path / "x", "--to", "jax"], ArgumentError, "--to: 'jax' is not one of vit_hf, timm"),
+        ([trained], ArgumentError, "required: DIR"),
+    ):
+        with pytest.raises(error, match=message):
+            dispatch(["convert", *map(str, words)])

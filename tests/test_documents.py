@@ -8,7 +8,7 @@ import yaml
 
 from tests.runs import ROOT
 from vit_hf.arguments import EvaluateArguments, RunArguments, check, parse
-from vit_hf.models.presets import parse_overrides, preset_config
+from vit_hf.models.presets import PRESETS, parse_overrides, preset_config
 
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -76,6 +76,10 @@ def test_documented_command(words):
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:])
     elif words[:2] == ["vit-hf", "report"]:
         assert len(words) > 2
+    elif words[:2] == ["vit-hf", "models"]:
+        assert all(word in PRESETS for word in words[2:])
+    elif words[:2] == ["vit-hf", "convert"]:
+        assert len(words) == 4 or words[4:] == ["--to", "timm"]
     else:
         assert words[0] in ("git", "cd", "pip", "python3", "source", "hf", "tensorboard", "kill", "."), words
 
@@ -85,7 +89,7 @@ def test_flags_in_the_docs_exist():
         "--config"
     }
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
-                "--main_process_port", "--mixed_precision", "--index-url", "--help", "--logdir", "--include", "--quiet"}  # fmt: skip
+                "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--include", "--quiet"}  # fmt: skip
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
             assert flag in known | launcher, f"{page.name}: {flag}"
@@ -97,3 +101,22 @@ def test_no_placeholder_is_left_and_every_linked_file_exists():
         assert not re.search(r"DEMO_TABLE|TODO|TBD|XXX", text), page.name
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_listing_of_presets_is_the_commands(capsys):
+    """`vit-hf models` as docs/models.md shows it, line by line."""
+    from vit_hf.cli import dispatch
+
+    page = (ROOT / "docs/models.md").read_text()
+    dispatch(["models"])
+    (block,) = re.findall(r"```console\n\$ vit-hf models\n(.*?)```", page, re.S)
+    assert block.strip().splitlines() == capsys.readouterr().out.strip().splitlines()
+
+
+def test_the_table_of_fields_has_every_field():
+    from vit_hf.models.configuration_vit import own_fields
+
+    page = (ROOT / "docs/models.md").read_text()
+    for item in own_fields():
+        assert f"| `{item.name}` |" in page, item.name

@@ -51,7 +51,7 @@ def fails(tmp_path, capsys):
         (r"one of --preset .* and --model_name_or_path .*neither", dict(preset=None)),
         (r"--dataset_name is missing", dict(dataset_name=None)),
         (r"only one of --subset_fraction and --subset_per_class", dict(subset_fraction=0.5, subset_per_class=2)),
-        (r"--preset vit-base: no such preset; did you mean vit-base-patch16-224", dict(preset="vit-base")),
+        (r"--preset vit-base: no such preset; did you mean .*vit-base-patch16-224 or .*`vit-hf models`", dict(preset="vit-base")),
         (r"'pool' is no field of ViTConfig, nearest: pool", dict(config_overrides="pool=mean")),
         (r"--config_overrides: 'depth' is not NAME=VALUE", dict(config_overrides="depth")),
         (r"'hidden_size' expected int, got str", dict(config_overrides="hidden_size=abc")),
@@ -165,16 +165,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(fails, tmp_p
 
 
 def test_a_foreign_model_type_is_named(fails, tmp_path):
-    from transformers import ResNetConfig, ResNetForImageClassification
+    from transformers import SwinConfig, SwinForImageClassification
 
-    small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
-    ResNetForImageClassification(small).save_pretrained(tmp_path / "resnet")
+    small = SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=16, num_labels=3)
+    SwinForImageClassification(small).save_pretrained(tmp_path / "swin")
     fails(
         1,
-        r"model .*: its model_type is resnet; vit and vit_hf can be trained",
+        r"model .*: its family \(model_type\) is swin; trained are vit, vit_hf, resnet",
         preset=None,
         config_overrides=None,
-        model_name_or_path=tmp_path / "resnet",
+        model_name_or_path=tmp_path / "swin",
     )
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, in_process, launch, lines, trajectory
 from vit_hf.data.augment import Augment
+from vit_hf.models.presets import from_preset
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 AUGMENTED = {**DEMO_DEFAULTS, "random_crop": "padding=3", "random_flip": 0.5}
@@ -45,3 +47,35 @@ def test_resume_on_the_gpu_is_exact(tmp_path):
         "pretrain", output_dir=tmp_path / "again", resume_from_checkpoint=tmp_path / "whole/checkpoint-3", **flags
     )
     assert trajectory(tmp_path / "again") == trajectory(tmp_path / "whole")[3:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_logits_of_the_cpu(family):
+    """In fp32 without TF32; under bf16 autocast the loss of a training step is near and every gradient is finite."""
+    torch.manual_seed(0)
+    preset, changes = FAMILIES[family]
+    model = from_preset(preset, list("abc"), changes).eval()
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        expected = model(images, labels=labels)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model, images, labels = model.cuda(), images.cuda(), labels.cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits.cpu(), expected.logits, rtol=1e-3, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(images, labels=labels).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_attention_back_ends_agree(implementation):
+    for changes in (FAMILIES["vit"][1], FAMILIES["relative"][1]):
+        torch.manual_seed(0)
+        model = from_preset("vit-demo-patch8-32", list("abc"), changes).eval().cuda()
+        images = torch.randn(4, 3, 32, 32).cuda()
+        with torch.no_grad():
+            expected = model(images, output_attentions=True).logits  # written out
+            model.set_attn_implementation(implementation)
+            torch.testing.assert_close(model(images).logits, expected, rtol=1e-3, atol=1e-3)

@@ -31,11 +31,13 @@ def flag(
 class ModelArguments:
     """The model: from scratch by --preset, or from weights by --model_name_or_path."""
 
-    preset: str | None = flag(None, "architecture by name, randomly initialised (see docs/quickstart.md for the list)")
+    preset: str | None = flag(None, "architecture by name, randomly initialised (`vit-hf models` lists them)")
     model_name_or_path: str | None = flag(None, "Hub id or folder of a pretrained model")
     revision: str | None = flag(None, "branch, tag or commit of the Hub model")
-    config_overrides: str | None = flag(None, 'fields of ViTConfig, e.g. "drop_path_rate=0.1,pooling=mean"')
-    trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository (off: only vit and vit_hf)")
+    config_overrides: str | None = flag(
+        None, 'fields of the configuration, e.g. "drop_path_rate=0.1,pooling=mean" (docs/models.md)'
+    )
+    trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository (ours needs none)")
 
 
 @dataclass

@@ -29,7 +29,14 @@ def shrunken(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_trains_two_steps(name, run):
     overrides = ",".join(f"{field}={value}" for field, value in shrunken(name).items())
-    flags = {**DEMO_DEFAULTS, "preset": name, "config_overrides": overrides, "max_steps": 2, "max_eval_samples": 21, "warmup_steps": 0}
+    flags = {
+        **DEMO_DEFAULTS,
+        "preset": name,
+        "config_overrides": overrides,
+        "max_steps": 2,
+        "max_eval_samples": 21,
+        "warmup_steps": 0,
+    }
     folder = run("pretrain", **flags, save_steps=2)
     losses = [loss for _, loss, _ in trajectory(folder)]
     assert len(losses) == 2 and losses[0] != losses[1]

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, in_process, lines, trajectory
 from vit_hf.errors import UserError
 
@@ -179,3 +181,22 @@ def test_run_config_repeats_the_run(run, tmp_path):
     first = run("pretrain", random_flip=0.5, max_steps=3)
     in_process("pretrain", config=first / "run_config.yaml", output_dir=tmp_path / "again")
     assert trajectory(tmp_path / "again") == trajectory(first)
+
+
+@pytest.mark.parametrize("family", ["resnet", "conv"])
+def test_models_with_batch_norm_resume_exactly(family, run, tmp_path, killed_after, monkeypatch):
+    """Their statistics are part of a checkpoint; the evaluation reads them."""
+    preset, changes = FAMILIES[family]
+    changes = {name: value for name, value in changes.items() if name != "hidden_dropout_prob"}
+    flags = {**EVERYTHING_ON, "preset": preset, "layer_decay": 1.0, "save_steps": 5}
+    flags["config_overrides"] = ",".join(f"{name}={value}" for name, value in changes.items())
+    whole = run("pretrain", output_dir=tmp_path / "whole", **flags)
+    killed_after(5)
+    with pytest.raises(Killed):
+        run("pretrain", **flags)
+    monkeypatch.undo()
+    resumed = run("pretrain", **flags)
+    assert trajectory(resumed) == trajectory(whole)
+    assert lines(resumed, "eval_loss")[-1]["eval_loss"] == lines(whole, "eval_loss")[-1]["eval_loss"]
+    one, two = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert any("running_mean" in name for name in one) and all(torch.equal(one[name], two[name]) for name in one)

@@ -101,9 +101,8 @@ def preset_config(name: str, changes: dict[str, Any] | None = None, **labels: An
         ValueError: an unknown preset or field, or values that do not go together.
     """
     if name not in PRESETS:
-        close = (
-            difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5) or [key for key in PRESETS if name in key][:3]
-        )
+        close = [key for key in PRESETS if key.startswith(name)][:6]
+        close = close or difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"no such preset; {hint}`vit-hf models` lists them")
     config_class, fields = PRESETS[name]
