@@ -280,9 +280,9 @@ def test_encoder_alone_is_saved_and_read(tmp_path, folders):
 # --- forward passes that must agree ---
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_sdpa_eager_and_output_attentions_agree(pooling):
-    model = tiny_model(pooling=pooling)
+@pytest.mark.parametrize("pooling, kind", [("cls", "learned_1d"), ("mean", "relative"), ("map", "none")])
+def test_back_ends_and_output_attentions_agree(pooling, kind):
+    model = tiny_model(pooling=pooling, position_embedding=kind)
     outputs = []
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
@@ -299,9 +299,19 @@ def test_sdpa_eager_and_output_attentions_agree(pooling):
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, tokens))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["learned_1d", "relative"])
+def test_flex_attention_agrees(kind):
+    model = tiny_model(position_embedding=kind)
+    expected = logits_here(model)
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(logits_here(model), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"position_embedding": "relative", "layer_scale_init": 0.1, "qk_norm": True}])
+def test_gradient_checkpointing_gives_the_same_gradients(changes):
     """Also with dropout and drop path: the recomputed pass draws the same numbers."""
-    config = tiny_config(hidden_dropout_prob=0.2, drop_path_rate=0.3, pooling="mean")
+    config = tiny_config(hidden_dropout_prob=0.2, drop_path_rate=0.3, pooling="mean", **changes)
     gradients = []
     for checkpointing in (False, True):
         model = randomised(ViTForImageClassification(config)).train()

@@ -121,12 +121,22 @@ def test_unknown_preset_offers_the_nearest():
         ({"stem": "hybrid_resnet", "patch_size": 1, "stem_depths": [2, 0]}, "stem_depths: 0 is out of range"),
         ({"stem_depths": [2, 2]}, "stem_depths and stem_width describe stem hybrid_resnet; the stem is patch"),
         ({"fc_norm": True}, "fc_norm norms the mean of the tokens: it goes with pooling mean, not cls"),
-        ({"num_hidden_layers": "six"}, "num_hidden_layers"),
+        ({"num_hidden_layers": "six"}, "^Field 'num_hidden_layers' expected int, got str"),
+        ({"qk_norm": 3}, "^Field 'qk_norm' expected bool, got int"),
+        ({"num_register_tokens": 1.5}, "^Field 'num_register_tokens' expected int, got float"),
+        ({"stem_depths": ["two"]}, "^Field 'stem_depths' with value"),
+        ({"image_size": [32]}, r"image_size: \[32\] is neither a side nor \[height, width\]"),
     ],
 )
 def test_wrong_fields_are_named_with_their_value(changes, message):
     with pytest.raises(ValueError, match=message):
         preset_config("vit-demo-patch8-32", changes)
+
+
+def test_wrong_types_of_a_baselines_fields_are_named():
+    for changes in ({"cifar_stem": "no"}, {"image_size": "32"}, {"depths": 3}):
+        with pytest.raises(ValueError, match=f"^Field '{next(iter(changes))}'"):
+            preset_config("resnet-18", changes)
 
 
 def test_overrides_have_the_types_of_yaml():

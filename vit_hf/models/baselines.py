@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
@@ -38,11 +39,9 @@ class _BaselineConfig(ReadsStock):
         for name in ("num_channels", "embedding_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is out of range, allowed is 1 or more")
-        sides = self.image_size if isinstance(self.image_size, list | tuple) else [self.image_size] * 2
-        if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-            raise ValueError(f"image_size: {self.image_size!r} is neither a number of 1 or more nor a list of two")
-        if not isinstance(self.cifar_stem, bool):
-            raise ValueError(f"cifar_stem: {self.cifar_stem!r} is not true or false")
+        sides = [self.image_size] * 2 if isinstance(self.image_size, int) else self.image_size
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"image_size: {self.image_size} is neither a side nor [height, width], of 1 or more")
         if self.layer_type not in self.layer_types:  # transformers' own check does not run for a subclass
             raise ValueError(f"layer_type: {self.layer_type!r} is not one of {', '.join(self.layer_types)}")
         if self.hidden_act not in ACT2FN:
@@ -63,6 +62,7 @@ class _BaselineConfig(ReadsStock):
         return self.stock_config_class(**{k: v for k, v in self.to_dict().items() if k not in drop})
 
 
+@strict
 class ResNetConfig(_BaselineConfig, transformers.ResNetConfig):
     """transformers' ResNetConfig with a size and a stem for small images.
 
@@ -83,6 +83,7 @@ class ResNetConfig(_BaselineConfig, transformers.ResNetConfig):
     cifar_stem: bool = False
 
 
+@strict
 class BitConfig(_BaselineConfig, transformers.BitConfig):
     """transformers' BitConfig with a size and a stem for small images.
 

@@ -5,6 +5,7 @@
 import dataclasses
 
 import transformers
+from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .saving import ReadsStock
@@ -21,6 +22,7 @@ RATES = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"
 INITIAL = ("initializer", "head_bias_init")  # shape the random start alone: a trained model is the same without them
 
 
+@strict
 class ViTConfig(ReadsStock, transformers.ViTConfig):
     """transformers' ViTConfig with the paper's switches.
 
@@ -61,6 +63,7 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
 
     Raises:
         ValueError: a field value that does not exist, sizes that do not divide, or fields that exclude each other.
+        StrictDataclassFieldValidationError: a value of another type than the field's, as in transformers' own.
     """
 
     model_type = "vit_hf"
@@ -70,12 +73,12 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
     pooling: str = "cls"
     fc_norm: bool = False
     head_hidden_size: int | None = None
-    head_bias_init: float = 0.0
+    head_bias_init: float | int = 0.0
     stem: str = "patch"
     stem_depths: list[int] | None = None
     stem_width: int = 64
-    drop_path_rate: float = 0.0
-    layer_scale_init: float | None = None
+    drop_path_rate: float | int = 0.0
+    layer_scale_init: float | int | None = None
     num_register_tokens: int = 0
     qk_norm: bool = False
     initializer: str = "transformers"
@@ -92,6 +95,10 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) and len(size) != 2:
+                raise ValueError(f"{name}: {size} is neither a side nor [height, width]")
         least = {name: (getattr(self, name), 1) for name in POSITIVE}
         least |= {"image_size": (min(pair(self.image_size)), 1), "patch_size": (min(pair(self.patch_size)), 1)}
         least |= {"head_hidden_size": (self.head_hidden_size, 1), "stem_width": (self.stem_width, 1)}

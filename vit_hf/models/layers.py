@@ -152,13 +152,14 @@ class Attention(nn.Module):
         key = self.k_norm(self.split_heads(self.k_proj(hidden_states)))
         value = self.split_heads(self.v_proj(hidden_states))
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in fp32
-        attend = eager_attention_forward  # the only form that has the weights to show
-        if not output_attentions:
-            name = self.config._attn_implementation
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        # eager is the only form that has the weights to show
+        name = "eager" if output_attentions else self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         bias = {}
         if relative_positions is not None:
             bias["position_bias"] = self.position_bias(*relative_positions).to(value.dtype)
+            if name == "flex_attention":  # it looks the bias of each image up
+                bias["position_bias"] = bias["position_bias"].expand(value.shape[0], -1, -1, -1)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **bias)
         return self.o_proj(output.reshape(queries.shape)), weights

@@ -114,7 +114,7 @@ def make_config(config_class: type, fields: dict[str, Any]) -> transformers.PreT
     try:
         return config_class(**fields)
     except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(" ".join(str(error).split("TypeError:")[-1].split())) from None
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
