@@ -56,8 +56,9 @@ def models(argv: list[str]) -> None:
         configs = {
             name: preset_config(name, changes, num_labels=1000) for name in ([args.name] if args.name else PRESETS)
         }
-    except ValueError as error:
-        raise ArgumentError(f"model {args.name}: {error}") from None
+        parts = stages(configs[args.name]) if args.name else []
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # the latter where torch has no such size
+        raise ArgumentError(f"model {args.name}: {' '.join(str(error).split())[:300]}") from None
     print(header)
     for name, config in configs.items():
         size = summarise(config)
@@ -71,10 +72,9 @@ def models(argv: list[str]) -> None:
         )
         print(row, flush=True)
     if args.name:
-        parts = [("part", "shape, for one image")]
-        parts += [(part, " x ".join(map(str, shape))) for part, shape in stages(configs[args.name])]
         width = max(len(part) for part, _ in parts)
-        print("\n" + "\n".join(f"{part:{width}}  {shape}" for part, shape in parts))
+        print(f"\n{'part':{width}}  shape, for one image")
+        print("\n".join(f"{part:{width}}  {' x '.join(map(str, shape))}" for part, shape in parts))
     print(
         "\nGFLOPs: one image forward, two operations a multiply-add. Memory of training, before what the framework "
         "itself takes: states (fp32 weights, gradients, AdamW) + images at once x an image (bf16 mixed precision)."

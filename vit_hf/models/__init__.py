@@ -5,21 +5,34 @@ This folder imports nothing of vit_hf but its own files: the Hub copies them as 
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .baselines import BitConfig, BitForImageClassification, ResNetConfig, ResNetForImageClassification
+from .baselines import (
+    BitConfig,
+    BitForImageClassification,
+    BitModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)
 from .configuration_vit import ViTConfig
 from .modeling_vit import ViTForImageClassification, ViTModel
 
-# exist_ok: transformers compares configurations by class name, and its own have the same; this adds ours
-AutoModel.register(ViTConfig, ViTModel, exist_ok=True)
-for model_class in (ViTForImageClassification, ResNetForImageClassification, BitForImageClassification):
-    AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
-    AutoModelForImageClassification.register(model_class.config_class, model_class, exist_ok=True)
+for config_class, encoder, classifier in (
+    (ViTConfig, ViTModel, ViTForImageClassification),
+    (ResNetConfig, ResNetModel, ResNetForImageClassification),
+    (BitConfig, BitModel, BitForImageClassification),
+):
+    AutoConfig.register(config_class.model_type, config_class)
+    # exist_ok: transformers compares configurations by class name, and its own have the same; this adds ours
+    AutoModel.register(config_class, encoder, exist_ok=True)
+    AutoModelForImageClassification.register(config_class, classifier, exist_ok=True)
 
 __all__ = [
     "BitConfig",
     "BitForImageClassification",
+    "BitModel",
     "ResNetConfig",
     "ResNetForImageClassification",
+    "ResNetModel",
     "ViTConfig",
     "ViTForImageClassification",
     "ViTModel",

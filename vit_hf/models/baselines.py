@@ -122,8 +122,16 @@ class BitConfig(_BaselineConfig, transformers.BitConfig):
                 raise ValueError(f"num_groups {self.num_groups} does not divide {channels} channels of this model")
 
 
-class _Baseline(SavesAsStock):
-    """The forward pass of both models around transformers' own."""
+def _code(family: str) -> dict[str, str]:
+    return {
+        "AutoConfig": f"baselines.{family}Config",
+        "AutoModel": f"baselines.{family}Model",
+        "AutoModelForImageClassification": f"baselines.{family}ForImageClassification",
+    }
+
+
+class _Classifier(SavesAsStock):
+    """The forward pass of both classifiers around transformers' own."""
 
     def forward(
         self,
@@ -149,53 +157,85 @@ class _Baseline(SavesAsStock):
         return output if return_dict else output.to_tuple()
 
 
-class ResNetForImageClassification(_Baseline, transformers.ResNetForImageClassification):
+def _change_resnet(resnet: transformers.ResNetModel) -> None:
+    """Puts into transformers' encoder what is different in ours; the names of its tensors stay."""
+    config, stem = resnet.config, resnet.embedder
+    if config.cifar_stem:
+        stem.embedder = ResNetConvLayer(
+            config.num_channels, config.embedding_size, kernel_size=3, activation=config.hidden_act
+        )
+        stem.pooler = nn.Identity()
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = BatchNorm  # the same tensors, a forward pass that takes 16-bit weights too
+
+
+class ResNetModel(SavesAsStock, transformers.ResNetModel):
+    """transformers' ResNet without its head, with config.cifar_stem for small images."""
+
+    config_class = ResNetConfig
+    config: ResNetConfig
+    stock_class = transformers.ResNetModel
+    code = _code("ResNet")
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__(config)
+        _change_resnet(self)
+        self.post_init()  # initialises what is new
+
+
+class ResNetForImageClassification(_Classifier, transformers.ResNetForImageClassification):
     """transformers' ResNet: (B, C, H, W) -> logits (B, K), with config.cifar_stem for small images."""
 
     config_class = ResNetConfig
     config: ResNetConfig
     stock_class = transformers.ResNetForImageClassification
-    code = {
-        "AutoConfig": "baselines.ResNetConfig",
-        "AutoModelForImageClassification": "baselines.ResNetForImageClassification",
-    }
+    code = _code("ResNet")
 
     def __init__(self, config: ResNetConfig):
         super().__init__(config)
-        if config.cifar_stem:
-            stem = self.resnet.embedder
-            stem.embedder = ResNetConvLayer(
-                config.num_channels, config.embedding_size, kernel_size=3, activation=config.hidden_act
-            )
-            stem.pooler = nn.Identity()
-            self.post_init()  # initialises what is new
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.__class__ = BatchNorm  # the same tensors, a forward pass that takes 16-bit weights too
+        _change_resnet(self.resnet)
+        self.post_init()  # initialises what is new
 
 
-class BitForImageClassification(_Baseline, transformers.BitForImageClassification):
+def _change_bit(bit: transformers.BitModel) -> None:
+    """As _change_resnet."""
+    config, stem = bit.config, bit.embedder
+    if config.cifar_stem:
+        stem.convolution = WeightStandardizedConv2d(
+            config.num_channels, config.embedding_size, kernel_size=3, eps=1e-8, padding=config.global_padding
+        )
+        stem.pad, stem.pooler = nn.Identity(), nn.Identity()  # the padding is the pooling's
+    elif not isinstance(stem.pad, nn.Identity):
+        stem.pad = ZeroBorder()
+
+
+class BitModel(SavesAsStock, transformers.BitModel):
+    """transformers' BiT without its head, with config.cifar_stem for small images."""
+
+    config_class = BitConfig
+    config: BitConfig
+    stock_class = transformers.BitModel
+    code = _code("Bit")
+
+    def __init__(self, config: BitConfig):
+        super().__init__(config)
+        _change_bit(self)
+        self.post_init()  # initialises what is new
+
+
+class BitForImageClassification(_Classifier, transformers.BitForImageClassification):
     """transformers' BiT: (B, C, H, W) -> logits (B, K), with config.cifar_stem for small images."""
 
     config_class = BitConfig
     config: BitConfig
     stock_class = transformers.BitForImageClassification
-    code = {
-        "AutoConfig": "baselines.BitConfig",
-        "AutoModelForImageClassification": "baselines.BitForImageClassification",
-    }
+    code = _code("Bit")
 
     def __init__(self, config: BitConfig):
         super().__init__(config)
-        if config.cifar_stem:
-            stem = self.bit.embedder
-            stem.convolution = WeightStandardizedConv2d(
-                config.num_channels, config.embedding_size, kernel_size=3, eps=1e-8, padding=config.global_padding
-            )
-            stem.pad, stem.pooler = nn.Identity(), nn.Identity()  # the padding is the pooling's
-            self.post_init()  # initialises what is new
-        elif not isinstance(self.bit.embedder.pad, nn.Identity):
-            self.bit.embedder.pad = ZeroBorder()
+        _change_bit(self.bit)
+        self.post_init()  # initialises what is new
 
 
 class ZeroBorder(nn.Module):
@@ -229,5 +269,7 @@ BASELINES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]]
 
 ResNetConfig.register_for_auto_class()
 BitConfig.register_for_auto_class()
+ResNetModel.register_for_auto_class("AutoModel")
+BitModel.register_for_auto_class("AutoModel")
 ResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 BitForImageClassification.register_for_auto_class("AutoModelForImageClassification")

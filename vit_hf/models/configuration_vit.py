@@ -3,6 +3,7 @@
 """The fields of a Vision Transformer: those of transformers' ViTConfig and the paper's switches that it lacks."""
 
 import dataclasses
+import math
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -16,6 +17,7 @@ CHOICES = {
     "stem": ("patch", "hybrid_resnet", "conv"),
     "initializer": ("transformers", "paper"),
     "hidden_act": tuple(sorted(ACT2FN)),
+    "pooler_act": tuple(sorted(ACT2FN)),  # read by transformers' own ViTModel alone
 }
 POSITIVE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
 RATES = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -112,8 +114,13 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
         for name in RATES:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is out of range, allowed is 0 to below 1")
-        if self.layer_scale_init is not None and self.layer_scale_init <= 0:
+        if self.layer_scale_init is not None and not 0 < self.layer_scale_init < math.inf:
             raise ValueError(f"layer_scale_init: {self.layer_scale_init} is out of range, allowed is above 0, or none")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} is out of range, allowed is above 0")
+        if not math.isfinite(self.head_bias_init):
+            raise ValueError(f"head_bias_init: {self.head_bias_init} is not a finite number")
 
     def _check_sizes(self) -> None:
         def divides(name: str, size: int, by: str, divisor: int) -> None:
@@ -157,7 +164,7 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
     @property
     def stem_stride(self) -> int:
         """Pixels a cell of the feature map that is cut into patches: 1 where that is the image itself."""
-        return 4 * 2 ** max(len(self.stem_depths) - 1, 0) if self.stem == "hybrid_resnet" else 1
+        return hybrid_stride(self.stem_depths) if self.stem == "hybrid_resnet" else 1
 
     @property
     def token_stride(self) -> tuple[int, int]:
@@ -193,6 +200,11 @@ def own_fields() -> list[dataclasses.Field]:
     """The fields that transformers' ViTConfig does not have."""
     stock = {item.name for item in dataclasses.fields(transformers.ViTConfig)}
     return [item for item in dataclasses.fields(ViTConfig) if item.name not in stock]
+
+
+def hybrid_stride(stem_depths: list[int]) -> int:
+    """Pixels a cell of the ResNet's feature map: 4 after the root and the first stage, twice that with each further one."""
+    return 4 * 2 ** max(len(stem_depths) - 1, 0)
 
 
 def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .configuration_vit import pair
+from .configuration_vit import hybrid_stride, pair
 from .layouts import (
     count,
     fill_model,
@@ -28,7 +28,6 @@ from .layouts import (
     need_tensors,
     side_of,
     size_of,
-    stem_stride,
 )
 from .modeling_vit import ViTForImageClassification
 from .presets import load_pretrained
@@ -92,7 +91,7 @@ def load_source(source: str | Path) -> tuple[ViTForImageClassification, tuple[li
     if path.is_dir():
         config = _timm_config(path)
         if not config:
-            return load_pretrained(str(path)), None
+            return load_pretrained(str(path), need_head=True), None
         if not (path / "model.safetensors").is_file():
             raise OSError("no model.safetensors in it (pickles such as pytorch_model.bin are not read)")
         return _from_timm(_read_safetensors(path / "model.safetensors"), config)
@@ -129,7 +128,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path.name} is no whole .npz file of plain arrays: {error}") from None
@@ -160,7 +162,10 @@ def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ViTF
         raise ValueError(f"its width {width} is no multiple of 64: model_args in a config.json must tell num_heads")
     pool = arguments.get("global_pool") or config.get("global_pool") or pretrained.get("global_pool")
     pooling, stem, registers = _timm_pooling(tensors, pool), _timm_stem(tensors), size_of(tensors, "reg_token", 1)
-    token, prefix = [side * stem_stride(stem) for side in patch_size], ("cls_token" in tensors) + registers
+    token, prefix = (
+        [side * (hybrid_stride(stem["stem_depths"]) if stem else 1) for side in patch_size],
+        ("cls_token" in tensors) + registers,
+    )
     size = list(pair(arguments.get("img_size") or (pretrained.get("input_size") or [0, 0, 0])[1:]))
     grid = find_grid("pos_embed", tensors.get("pos_embed"), prefix, token, size)
     tensors = _join_positions(tensors, grid[0] * grid[1])
@@ -328,7 +333,7 @@ def _from_google(arrays: dict[str, np.ndarray]) -> tuple[ViTForImageClassificati
     depths = [count(arrays, rf"block{i + 1}/unit(\d+)/") for i in range(count(arrays, r"block(\d+)/"))]
     stem = {"stem": "hybrid_resnet", "stem_depths": depths, "stem_width": size_of(arrays, "conv_root/kernel", 3)}
     stem = stem if stem["stem_width"] else {}
-    token = [side * stem_stride(stem) for side in patch_size]
+    token = [side * (hybrid_stride(stem["stem_depths"]) if stem else 1) for side in patch_size]
     grid = find_grid(table, arrays[table], int("cls" in arrays), token, [0, 0])
     fields = {
         "hidden_size": width, "num_hidden_layers": count(arrays, r"Transformer/encoderblock_(\d+)/"),

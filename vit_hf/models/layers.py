@@ -222,7 +222,8 @@ class LayerScale(nn.Module):
 class Layer(GradientCheckpointingLayer):
     """One encoder layer, normalised before each branch: (B, N, D) -> (B, N, D), attention weights or None.
 
-    Source: ViT paper, equations 2 and 3; dropout after each dense layer as in its appendix B.1.
+    Source: ViT paper, equations 2 and 3. Dropout after attention and MLP as transformers; the authors' code drops after
+    the first layer of the MLP too.
     """
 
     def __init__(self, config: ViTConfig, drop_path_rate: float):

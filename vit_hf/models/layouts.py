@@ -100,11 +100,6 @@ def size_of(tensors: dict[str, Any], name: str, dimension: int) -> int:
     return shape[dimension] if len(shape) > dimension else 0
 
 
-def stem_stride(stem: dict[str, Any]) -> int:
-    """Pixels a cell of what is cut into patches: 4 after a hybrid's root, twice that with each stage but the first."""
-    return 4 * 2 ** max(len(stem["stem_depths"]) - 1, 0) if stem else 1
-
-
 def side_of(size: Iterable[int]) -> int | list[int]:
     """A configuration's form of (height, width)."""
     height, width = size

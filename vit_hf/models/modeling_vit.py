@@ -54,9 +54,13 @@ class ViTPreTrainedModel(SavesAsStock, PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^(vit\.)?pooler\.", r"^vit\.embeddings\.mask_token$"]
 
     def __init__(self, config: ViTConfig):
-        if config.position_embedding == "relative":
-            self._supports_flash_attn = False  # flash attention takes no bias on its logits
+        _refuse_flash(config, config._attn_implementation)
         super().__init__(config)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs) -> None:
+        """As transformers' own. Raises ValueError for flash attention on a model with relative positions."""
+        _refuse_flash(self.config, attn_implementation)
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules of custom code without tensors of their own, in case that the code does not
@@ -131,6 +135,14 @@ class ViTPreTrainedModel(SavesAsStock, PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
+def _refuse_flash(config: ViTConfig, attn_implementation: str | dict[str, str] | None) -> None:
+    if config.position_embedding == "relative" and "flash_attention" in str(attn_implementation):
+        raise ValueError(
+            f"attn_implementation: {attn_implementation} takes no bias, which position_embedding relative is; allowed are "
+            "sdpa, eager, flex_attention"
+        )
+
+
 def _lecun_normal(weight: Tensor) -> None:
     """Normal of variance 1 / fan-in, cut off at two standard deviations: flax's default. (transformers' own of this
     name cuts off at 2, so that its correction for the cut makes the variance too large.)"""
@@ -197,7 +209,7 @@ class ViTModel(ViTPreTrainedModel):
             hidden_states=all_hidden_states if output_hidden_states else None,
             attentions=all_attentions if output_attentions else None,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def grid_size(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Grid:
         """Rows and columns of patches of these images. Raises ValueError for a size that the model does not take."""
@@ -255,13 +267,13 @@ class ViTForImageClassification(ViTPreTrainedModel):
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
         """`labels`: class indices int64 (B,) or probabilities float (B, K); the loss is cross-entropy for both."""
-        encoded = self.vit(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        encoded = self.vit(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, True)
         logits = self.classifier(self.pre_logits(encoded.pooler_output))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         output = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 ViTModel.register_for_auto_class("AutoModel")

@@ -79,7 +79,7 @@ PRESETS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
     },
     # "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580)
     "vit-small-patch16-224-better-baseline": _vit(
-        "small", 16, 224, pooling="mean", position_embedding="sincos_2d", initializer="paper"
+        "small", 16, 224, pooling="mean", position_embedding="sincos_2d", head_hidden_size=384, initializer="paper"
     ),
     # Hybrids. r50 with 3-4-9 blocks (stride 16) and with stage 4 (stride 32): ViT paper, section 4.1; r26: AugReg (arXiv
     # 2106.10270), table 2
@@ -128,7 +128,10 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not name or not equals or not value:
             raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE") from None
         if isinstance(parsed, str):  # YAML reads 1e-6 as text
             try:
                 parsed = float(parsed)
@@ -141,7 +144,7 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides as this configuration takes them. Raises ValueError for a name that is none of its fields."""
     common = {item.name for item in dataclasses.fields(transformers.PreTrainedConfig)}
-    fields = {item.name for item in dataclasses.fields(config_class)} - common
+    fields = {item.name for item in dataclasses.fields(config_class) if not item.name.startswith("_")} - common
     for name in overrides:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=3, cutoff=0.6) or sorted(fields)
@@ -207,6 +210,13 @@ def _labels(class_names: list[str]) -> dict[str, Any]:
     }
 
 
+# What may be changed of a model with weights: no weight is another one's afterwards.
+FREE = (
+    "image_size", "pooling", "fc_norm", "head_hidden_size", "head_bias_init", "drop_path_rate", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "hidden_act", "layer_norm_eps", "initializer", "initializer_range",
+)  # fmt: skip
+
+
 def for_new_labels(
     model: transformers.PreTrainedModel, class_names: list[str], changes: dict[str, Any], *, keep_head: bool = False
 ) -> transformers.PreTrainedModel:
@@ -225,6 +235,14 @@ def for_new_labels(
         raise ValueError(f"its family (model_type) is {model.config.model_type}; trained are {', '.join(FAMILIES)}")
     changes = _checked(type(model.config), changes)
     fields = model.config.to_dict()
+    if isinstance(model, ViTForImageClassification):
+        _refuse_other_positions(model.config, changes)
+    other = [f"{name} {fields[name]}" for name in changes if name not in FREE and changes[name] != fields[name]]
+    if other:
+        raise ValueError(
+            f"--config_overrides makes another encoder than the weights are for, which has {', '.join(other)}; "
+            f"allowed are {', '.join(FREE)}"
+        )
     for name in ("num_labels", "model_type", "auto_map", "architectures"):
         fields.pop(name, None)
     if not keep_head and "head_hidden_size" in fields:
@@ -238,7 +256,7 @@ def for_new_labels(
     if not keep_head:
         weights = {key: value for key, value in weights.items() if key.startswith(encoder)}
         for parameter in target.classifier.parameters():
-            nn.init.zeros_(parameter)
+            nn.init.constant_(parameter, changes.get("head_bias_init", 0.0) if parameter.ndim == 1 else 0.0)
     try:
         missing, unexpected = target.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -252,18 +270,17 @@ def for_new_labels(
     return target
 
 
-def _fit_positions(weights: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
-    """Changes the weights of an `old` ViT to the class token and the grid of a `new` one, in place.
-
-    Raises:
-        ValueError: another kind of position embedding, which nothing in the weights can be turned into.
-    """
-    if old.position_embedding != new.position_embedding:
+def _refuse_other_positions(config: ViTConfig, changes: dict[str, Any]) -> None:
+    kind = changes.get("position_embedding", config.position_embedding)
+    if kind != config.position_embedding:
         raise ValueError(
-            f"position_embedding: the weights have {old.position_embedding}, which cannot become "
-            f"{new.position_embedding}; leave position_embedding out of --config_overrides, or train from scratch "
-            "with --preset"
+            f"position_embedding: the weights have {config.position_embedding}, which cannot become {kind}; leave "
+            "position_embedding out of --config_overrides, or train from scratch with --preset"
         )
+
+
+def _fit_positions(weights: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
+    """Changes the weights of an `old` ViT to the class token and the grid of a `new` one, in place."""
     embeddings = "vit.embeddings."
     if old.has_class_token and not new.has_class_token:
         weights.pop(embeddings + "cls_token")

@@ -71,9 +71,11 @@ STAGE = re.compile(
 def _measure(config: transformers.PreTrainedConfig) -> tuple[int, int, int]:
     """Parameters; operations and kept bytes of one image."""
     model = _without_weights(config)
-    flops, one = _forward(model, 1)
-    _, two = _forward(model, 2)  # what does not grow with the batch (16-bit copies of the weights) is no activation
-    return sum(parameter.numel() for parameter in model.parameters()), flops, two - one
+    # Two batches, because what does not grow with them (16-bit copies of the weights) is no activation; not of one
+    # image, which BatchNorm refuses where the feature map is a single point.
+    flops, two = _forward(model, 2)
+    _, three = _forward(model, 3)
+    return sum(parameter.numel() for parameter in model.parameters()), flops // 2, three - two
 
 
 def _without_weights(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept in fp32 beside the model."""
+"""An exponential moving average of the weights and of BatchNorm's statistics, kept in fp32 beside the model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,15 +8,18 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """average = decay x average + (1 - decay) x weights, after every step. Buffers stay the model's own.
+    """average = decay x average + (1 - decay) x weights, after every step; so for the statistics of BatchNorm, which
+    belong to the weights that they were collected with.
 
     Source: Polyak averaging as in arXiv 1512.00567, section 8. Starts from the initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self._names = [name for name, _ in model.named_parameters()]
-        self._weights = [parameter.detach() for parameter in model.parameters()]
+        averaged = dict(model.named_parameters())
+        saved = model.state_dict()  # not what is computed: a table of sines stays as it is
+        averaged |= {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
+        self._names, self._weights = list(averaged), [tensor.detach() for tensor in averaged.values()]
         self._averages = [weight.clone().float() for weight in self._weights]
 
     @torch.no_grad()

@@ -143,8 +143,8 @@ def _evaluate(
     state: TrainState, schedule: Schedule, done: int, evaluate: Callable[[], dict[str, float]], tracker: Tracker
 ) -> None:
     """Evaluates the model, or its average where there is one, and writes the line."""
-    share_buffers(state.accelerator, state.model)
     with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+        share_buffers(state.accelerator, state.model)
         state.engine.eval()
         measured = evaluate()
         state.engine.train()
