@@ -647,3 +647,31 @@ def test_other_files_are_refused(tmp_path):
     assert refusal(folder) == "no model.safetensors in it (pickles such as pytorch_model.bin are not read)"
     (folder / "config.json").write_text("{")
     assert "config.json is not JSON" in refusal(folder)
+
+
+def test_a_model_without_a_head_is_refused(tmp_path):
+    """Its classifier would be random."""
+    transformers.ViTModel(tiny_model().config.to_stock()).save_pretrained(tmp_path)
+    assert "missing classifier.bias, classifier.weight" in refusal(tmp_path)
+
+
+def test_one_array_is_no_npz_file(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    assert "array.npz is no whole .npz file of plain arrays" in refusal(tmp_path / "array.npz")
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("", "architecture", 5), ("", "model_args", [1]), ("", "pretrained_cfg", "x"), ("", "label_names", 3),
+        ("model_args", "act_layer", ["gelu"]), ("model_args", "img_size", "a"), ("pretrained_cfg", "input_size", [3]),
+        ("pretrained_cfg", "mean", "x"), ("pretrained_cfg", "mean", [0.5]), ("pretrained_cfg", "std", [0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_a_malformed_timm_config_is_one_line(part, name, value, tmp_path):
+    save_timm(tiny_model(), tmp_path, MEAN, STD)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config.setdefault(part, {}) if part else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert name in refusal(tmp_path)

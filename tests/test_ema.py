@@ -12,11 +12,16 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(dtype)
 
 
+def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, and BatchNorm's statistics, which belong to them."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
 def step(model: nn.Module, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
+        for tensor in averaged(model).values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator))
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
@@ -24,12 +29,12 @@ def test_average_equals_the_loop(decay):
     """decay x average + (1 - decay) x weights after every step, from the initial weights on."""
     model = model_of()
     ema = EMA(model, decay)
-    expected = {name: parameter.detach().clone().double() for name, parameter in model.named_parameters()}
+    expected = {name: tensor.clone().double() for name, tensor in averaged(model).items()}
     for number in range(20):
         step(model, number)
         ema.update()
-        for name, parameter in model.named_parameters():
-            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+        for name, tensor in averaged(model).items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor.double()
     assert ema.state_dict().keys() == expected.keys()
     for name, average in ema.state_dict().items():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)
@@ -43,9 +48,10 @@ def test_in_place_shows_the_average_and_restores_to_the_bit():
     step(model, 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with ema.in_place():
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, ema.state_dict()[name])
-            assert not torch.equal(parameter, before[name])
+        assert {"1.running_mean", "1.running_var"} < ema.state_dict().keys()
+        for name, tensor in averaged(model).items():
+            assert torch.equal(tensor, ema.state_dict()[name])
+            assert not torch.equal(tensor, before[name])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

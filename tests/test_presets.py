@@ -122,6 +122,11 @@ def test_unknown_preset_offers_the_nearest():
         ({"stem_depths": [2, 2]}, "stem_depths and stem_width describe stem hybrid_resnet; the stem is patch"),
         ({"fc_norm": True}, "fc_norm norms the mean of the tokens: it goes with pooling mean, not cls"),
         ({"num_hidden_layers": "six"}, "^Field 'num_hidden_layers' expected int, got str"),
+        ({"layer_scale_init": float("nan")}, "layer_scale_init: nan is out of range"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps: -1.0 is out of range, allowed is above 0"),
+        ({"initializer_range": float("nan")}, "initializer_range: nan is out of range"),
+        ({"head_bias_init": float("inf")}, "head_bias_init: inf is not a finite number"),
+        ({"pooler_act": "foo"}, "pooler_act: 'foo' is not one of"),
         ({"qk_norm": 3}, "^Field 'qk_norm' expected bool, got int"),
         ({"num_register_tokens": 1.5}, "^Field 'num_register_tokens' expected int, got float"),
         ({"stem_depths": ["two"]}, "^Field 'stem_depths' with value"),
@@ -168,7 +173,7 @@ def test_unknown_or_malformed_override_is_refused():
         for_new_labels(tiny_model(), ["a"], {"drop_path": 0.1})
     with pytest.raises(ValueError, match="'num_labels'"):  # belongs to the data, not to the architecture
         from_preset("vit-demo-patch8-32", ["a"], {"num_labels": 3})
-    for text in ("pooling", "pooling=", "=mean"):
+    for text in ("pooling", "pooling=", "=mean", "pooling=[mean", 'pooling="mean', "pooling=: :"):
         with pytest.raises(ValueError):
             parse_overrides(text)
 
@@ -274,11 +279,21 @@ def test_kept_head_gives_the_same_logits():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 64}, {"patch_size": 8}]
-)
+    "changes",
+    [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 64}, {"patch_size": 8},
+     {"num_attention_heads": 4}, {"num_register_tokens": 1}],
+)  # fmt: skip
 def test_another_encoder_is_refused(changes):
-    with pytest.raises(ValueError, match="--config_overrides makes another encoder"):
+    """Also where all shapes are the same, as with another number of heads."""
+    with pytest.raises(
+        ValueError, match=f"--config_overrides makes another encoder .* which has {next(iter(changes))}"
+    ):
         for_new_labels(tiny_model(), ["a", "b"], changes)
+
+
+def test_a_new_head_may_start_with_a_bias():
+    tuned = for_new_labels(tiny_model(), ["a", "b"], {"head_bias_init": -2.0})
+    assert (tuned.classifier.bias == -2).all() and not tuned.classifier.weight.any()
 
 
 def test_a_model_of_another_kind_is_refused():

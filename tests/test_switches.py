@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit_hf.models import ViTConfig, ViTForImageClassification
 from vit_hf.models.configuration_vit import CHOICES
@@ -120,10 +121,12 @@ def test_relative_bias_tells_shifts_apart_from_places():
 
 
 def test_relative_refuses_flash_attention():
-    with pytest.raises(ValueError, match="(?i)flash"):
-        ViTForImageClassification._from_config(
-            ViTConfig(**TINY, position_embedding="relative"), attn_implementation="flash_attention_2"
-        )
+    message = "flash_attention_2 takes no bias, which position_embedding relative is; allowed are sdpa, eager, flex_attention"
+    config = ViTConfig(**TINY, position_embedding="relative")
+    with pytest.raises(ValueError, match=message):
+        ViTForImageClassification._from_config(config, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match=message):
+        make(position_embedding="relative").set_attn_implementation("flash_attention_2")
 
 
 # --- tokens, pooling, head ---
@@ -189,6 +192,27 @@ def test_head_bias_init():
     model = ViTForImageClassification(ViTConfig(**TINY, head_bias_init=-6.9))
     assert (model.classifier.bias == -6.9).all()
     assert (ViTForImageClassification(ViTConfig(**TINY)).classifier.bias == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"position_embedding": "relative", "num_register_tokens": 2}, {"qk_norm": True, "layer_scale_init": 0.1}],
+)
+def test_a_class_token_is_all_that_the_last_layer_computes(changes):
+    """The same logits and gradients as with every token, for fewer operations."""
+    model, results = make(**changes), []
+    for every_token in (True, False):
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            output = model(pixels(), output_hidden_states=every_token)
+        output.logits.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((output.logits.detach(), gradients, counter.get_total_flops()))
+    (expected, full, more), (found, short, fewer) = results
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for name in full:
+        torch.testing.assert_close(short[name], full[name], rtol=1e-7, atol=1e-9)
+    assert fewer < 0.75 * more
 
 
 # --- inside a layer ---

@@ -144,28 +144,17 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ViTForImageClassification, tuple]:
     """Source: timm/models/vision_transformer.py and vision_transformer_hybrid.py."""
+    _check_timm(config)
     pretrained, arguments = config.get("pretrained_cfg") or config, config.get("model_args") or {}
     architecture = config.get("architecture") or pretrained.get("architecture") or ""
-    activation = arguments.get("act_layer") or ("gelu_tanh" if TANH_GELU.match(architecture) else "gelu")
-    if architecture and (not architecture.startswith("vit_") or OTHER_BLOCKS.search(architecture)):
-        raise ValueError(f"its architecture is {architecture}, and vit_... can be converted (no rope, rpn, quickgelu)")
-    if unseen := [f"{name}={arguments[name]}" for name in UNSEEN if arguments.get(name)]:
-        raise ValueError(f"its model_args have {', '.join(unseen)}, which ViTConfig has not")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"its act_layer is {activation!r}, and {', '.join(ACTIVATIONS)} can be converted")
+    activation = _timm_activation(architecture, arguments)
     need_tensors(tensors, "timm", {"patch_embed.proj.weight": 4})
     width, channels, *patch_size = tensors["patch_embed.proj.weight"].shape
-    heads, head_width = arguments.get("num_heads"), size_of(tensors, "blocks.0.attn.q_norm.weight", 0)
-    if not (heads or head_width) and (width in WIDTHS_WITH_16_HEADS or architecture == "vit_base_patch16_gap_224"):
-        heads = 16
-    elif not (heads or head_width) and width % 64:
-        raise ValueError(f"its width {width} is no multiple of 64: model_args in a config.json must tell num_heads")
+    heads = _timm_heads(tensors, width, architecture, arguments)
     pool = arguments.get("global_pool") or config.get("global_pool") or pretrained.get("global_pool")
     pooling, stem, registers = _timm_pooling(tensors, pool), _timm_stem(tensors), size_of(tensors, "reg_token", 1)
-    token, prefix = (
-        [side * (hybrid_stride(stem["stem_depths"]) if stem else 1) for side in patch_size],
-        ("cls_token" in tensors) + registers,
-    )
+    stride = hybrid_stride(stem["stem_depths"]) if stem else 1
+    token, prefix = [side * stride for side in patch_size], ("cls_token" in tensors) + registers
     size = list(pair(arguments.get("img_size") or (pretrained.get("input_size") or [0, 0, 0])[1:]))
     grid = find_grid("pos_embed", tensors.get("pos_embed"), prefix, token, size)
     tensors = _join_positions(tensors, grid[0] * grid[1])
@@ -173,9 +162,9 @@ def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ViTF
     names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
     fields = {
         "hidden_size": width, "num_hidden_layers": count(tensors, r"blocks\.(\d+)\."),
-        "num_attention_heads": heads or width // (head_width or 64),
+        "num_attention_heads": heads,
         "intermediate_size": size_of(tensors, "blocks.0.mlp.fc1.weight", 0) or 4 * width,
-        "hidden_act": ACTIVATIONS[activation],
+        "hidden_act": activation,
         "image_size": side_of(size if any(size) else [grid[0] * token[0], grid[1] * token[1]]),
         "patch_size": side_of(patch_size), "num_channels": size_of(tensors, _timm_root(stem), 1) if stem else channels,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors, "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
@@ -188,7 +177,56 @@ def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ViTF
         "num_register_tokens": registers, **stem, **label_fields(num_labels, names),
     }  # fmt: skip
     mean, std = (list(pretrained.get(name) or [0.5] * fields["num_channels"]) for name in ("mean", "std"))
+    if len(mean) != fields["num_channels"] or len(std) != fields["num_channels"] or min(std) <= 0:
+        raise ValueError(f"its mean {mean} and std {std} are not those of {fields['num_channels']} channels")
     return fill_model(fields, tensors, _timm_patterns(fields)), (mean, std)
+
+
+def _check_timm(config: dict[str, Any]) -> None:
+    """Raises ValueError where a value that is read is of another kind than timm writes."""
+    number, numbers = (int, float), lambda value: isinstance(value, list) and all(isinstance(v, number) for v in value)
+    kinds = {
+        "architecture": str, "global_pool": str, "act_layer": str, "num_classes": int, "num_heads": int,
+        "pretrained_cfg": dict, "model_args": dict, "proj_drop_rate": number, "attn_drop_rate": number,
+        "drop_path_rate": number, "init_values": number, "label_names": (list, dict), "labels": (list, dict),
+    }  # fmt: skip
+    lengths = {"input_size": 3, "img_size": 2, "mean": None, "std": None}
+    parts = [
+        config,
+        *(part for name in ("pretrained_cfg", "model_args") if isinstance(part := config.get(name), dict)),
+    ]
+    for part in parts:
+        for name, value in part.items():
+            wrong = name in kinds and not isinstance(value, kinds[name])
+            if name in lengths and not (name == "img_size" and isinstance(value, int)):
+                wrong = not numbers(value) or lengths[name] not in (None, len(value))
+            if value is not None and wrong:
+                raise ValueError(f"its config.json has {name}: {value!r}, which timm does not write")
+
+
+def _timm_activation(architecture: str, arguments: dict[str, Any]) -> str:
+    """What ViTConfig calls the activation. Raises ValueError for a model that is none of timm's plain ViTs."""
+    if architecture and (not architecture.startswith("vit_") or OTHER_BLOCKS.search(architecture)):
+        raise ValueError(f"its architecture is {architecture}, and vit_... can be converted (no rope, rpn, quickgelu)")
+    if unseen := [f"{name}={arguments[name]}" for name in UNSEEN if arguments.get(name)]:
+        raise ValueError(f"its model_args have {', '.join(unseen)}, which ViTConfig has not")
+    activation = arguments.get("act_layer") or ("gelu_tanh" if TANH_GELU.match(architecture) else "gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"its act_layer is {activation!r}, and {', '.join(ACTIVATIONS)} can be converted")
+    return ACTIVATIONS[activation]
+
+
+def _timm_heads(tensors: dict[str, Tensor], width: int, architecture: str, arguments: dict[str, Any]) -> int:
+    """Heads as told, as the norms of queries show, or as timm's code has them. Raises ValueError where nothing tells."""
+    if head_width := size_of(tensors, "blocks.0.attn.q_norm.weight", 0):
+        return arguments.get("num_heads") or width // head_width
+    if heads := arguments.get("num_heads"):
+        return heads
+    if width in WIDTHS_WITH_16_HEADS or architecture == "vit_base_patch16_gap_224":
+        return 16
+    if width % 64:
+        raise ValueError(f"its width {width} is no multiple of 64: model_args in a config.json must tell num_heads")
+    return width // 64
 
 
 def _timm_pooling(tensors: dict[str, Tensor], pool: str | None) -> str:

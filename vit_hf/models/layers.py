@@ -112,7 +112,8 @@ def eager_attention_forward(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `queries` (B, M, D), by default the tokens themselves, to tokens (B, N, D) -> (B, M, D).
+    """Multi-head attention of `queries` (B, M, D), by default the tokens themselves or the first `num_queries` of them,
+    to tokens (B, N, D) -> (B, M, D).
 
     Source: ViT paper, appendix A; q_norm and k_norm: arXiv 2302.05442, section 2.1.
     """
@@ -143,11 +144,12 @@ class Attention(nn.Module):
         hidden_states: Tensor,
         output_attentions: bool = False,
         relative_positions: RelativePositions | None = None,
+        num_queries: int | None = None,
         queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if torch.is_autocast_enabled(hidden_states.device.type):  # once, and not in each of the three projections
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
-        queries = hidden_states if queries is None else queries
+        queries = hidden_states[:, :num_queries] if queries is None else queries
         query = self.q_norm(self.split_heads(self.q_proj(queries)))
         key = self.k_norm(self.split_heads(self.k_proj(hidden_states)))
         value = self.split_heads(self.v_proj(hidden_states))
@@ -157,7 +159,8 @@ class Attention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         bias = {}
         if relative_positions is not None:
-            bias["position_bias"] = self.position_bias(*relative_positions).to(value.dtype)
+            all_pairs = self.position_bias(*relative_positions).to(value.dtype)
+            bias["position_bias"] = all_pairs[:, :, : query.shape[2]]
             if name == "flex_attention":  # it looks the bias of each image up
                 bias["position_bias"] = bias["position_bias"].expand(value.shape[0], -1, -1, -1)
         dropout = self.attention_dropout if self.training else 0.0
@@ -243,11 +246,12 @@ class Layer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         output_attentions: bool = False,
         relative_positions: RelativePositions | None = None,
+        num_outputs: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        attention, weights = self.attention(
-            self.layernorm_before(hidden_states), output_attentions, relative_positions
-        )
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attention)))
+        """num_outputs: only so many tokens, from the first on, are asked for; they attend to all."""
+        normed = self.layernorm_before(hidden_states)
+        attention, weights = self.attention(normed, output_attentions, relative_positions, num_outputs)
+        hidden_states = hidden_states[:, :num_outputs] + self.drop_path(self.layer_scale1(self.dropout(attention)))
         mlp = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.layer_scale2(self.dropout(mlp))), weights
 

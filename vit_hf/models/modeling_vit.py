@@ -182,7 +182,10 @@ class ViTModel(ViTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        pooled_only: bool = False,
     ) -> BaseModelOutputWithPooling | tuple:
+        """pooled_only: nothing but pooler_output is asked for. Where that reads the class token, the last layer is
+        computed for the class token alone (and last_hidden_state holds only it)."""
         if output_attentions is None:
             output_attentions = bool(self.config.output_attentions)
         if output_hidden_states is None:
@@ -196,8 +199,12 @@ class ViTModel(ViTPreTrainedModel):
                 index = relative_position_index(grid_size, self.config.num_prefix_tokens).to(index.device)
             relative_positions = (index, grid_size)
         all_hidden_states, all_attentions = (hidden_states,), ()
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, output_attentions, relative_positions)
+        shown = output_attentions or output_hidden_states
+        read = 1 if pooled_only and not shown and self.config.pooling == "cls" else None
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            num_outputs = read if index == last else None
+            hidden_states, weights = layer(hidden_states, output_attentions, relative_positions, num_outputs)
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             if output_attentions:
@@ -267,7 +274,9 @@ class ViTForImageClassification(ViTPreTrainedModel):
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
         """`labels`: class indices int64 (B,) or probabilities float (B, K); the loss is cross-entropy for both."""
-        encoded = self.vit(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, True)
+        encoded = self.vit(
+            pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, True, pooled_only=True
+        )
         logits = self.classifier(self.pre_logits(encoded.pooler_output))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         output = ImageClassifierOutput(

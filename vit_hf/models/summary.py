@@ -18,7 +18,8 @@ class Summary(NamedTuple):
 
     num_parameters: trained numbers. num_tokens: length of the encoder's sequence, None without one.
     forward_flops: operations of one image's forward pass, two for each multiply-add; norms, activations and softmax
-    are not counted. A training step takes about three times as many.
+    are not counted, and the last layer is counted whole, as is usual, though a model that reads its class token alone
+    does without a part of it. A training step takes about three times as many.
     state_bytes: fp32 weights, gradients and both moments of AdamW. activation_bytes: what the forward pass of one image
     keeps for the backward pass under bf16 mixed precision, without gradient checkpointing.
     """
@@ -57,7 +58,7 @@ def stages(config: transformers.PreTrainedConfig) -> list[tuple[str, tuple[int, 
     for name, module in model.named_modules():
         if STAGE.fullmatch(name) and not isinstance(module, nn.Identity):
             module.register_forward_hook(note(name))
-    _forward(model, 1)
+    _forward(model, 1, output_hidden_states=True)
     return seen
 
 
@@ -73,8 +74,8 @@ def _measure(config: transformers.PreTrainedConfig) -> tuple[int, int, int]:
     model = _without_weights(config)
     # Two batches, because what does not grow with them (16-bit copies of the weights) is no activation; not of one
     # image, which BatchNorm refuses where the feature map is a single point.
-    flops, two = _forward(model, 2)
-    _, three = _forward(model, 3)
+    flops, _ = _forward(model, 2, output_hidden_states=True)  # every token of every layer
+    (_, two), (_, three) = (_forward(model, batch_size) for batch_size in (2, 3))
     return sum(parameter.numel() for parameter in model.parameters()), flops // 2, three - two
 
 
@@ -85,7 +86,7 @@ def _without_weights(config: transformers.PreTrainedConfig) -> transformers.PreT
         return model.to_empty(device="cpu").train()
 
 
-def _forward(model: transformers.PreTrainedModel, batch_size: int) -> tuple[int, int]:
+def _forward(model: transformers.PreTrainedModel, batch_size: int, **options: bool) -> tuple[int, int]:
     """Operations of a forward pass of the batch, and the bytes that it keeps for the backward pass."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -102,7 +103,7 @@ def _forward(model: transformers.PreTrainedModel, batch_size: int) -> tuple[int,
     with mode, counter, torch.autocast("cpu", torch.bfloat16):
         pixel_values = torch.empty(batch_size, model.config.num_channels, *pair(model.config.image_size))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(pixel_values)
+            model(pixel_values, **options)
     return counter.get_total_flops(), sum(kept.values())
 
 
