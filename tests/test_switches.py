@@ -215,6 +215,13 @@ def test_a_class_token_is_all_that_the_last_layer_computes(changes):
     assert fewer < 0.75 * more
 
 
+def test_a_model_without_weights_gives_shapes():
+    """On the meta device, as tools do that plan where a model goes; autocast knows no such device."""
+    with torch.device("meta"):
+        output = ViTForImageClassification(ViTConfig(**TINY, pooling="map"))(torch.empty(2, 3, 12, 16))
+    assert output.logits.shape == (2, 5)
+
+
 # --- inside a layer ---
 
 

@@ -147,8 +147,9 @@ class Attention(nn.Module):
         num_queries: int | None = None,
         queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        if torch.is_autocast_enabled(hidden_states.device.type):  # once, and not in each of the three projections
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+        device = hidden_states.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # once, and not in each of the three projections
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         queries = hidden_states[:, :num_queries] if queries is None else queries
         query = self.q_norm(self.split_heads(self.q_proj(queries)))
         key = self.k_norm(self.split_heads(self.k_proj(hidden_states)))
