@@ -1,9 +1,10 @@
-# demo: the main job end to end on embedded data; test: everything; test-fast: what needs no training processes
+# demo: the main job end to end on embedded data; test: everything; test-fast: what needs no training processes;
+# bench: the models side by side with others, about ten minutes
 PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 2) --config_file accelerate_configs/cpu.yaml
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint bench clean
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv
@@ -34,6 +35,9 @@ test-fast: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/models.py
 
 clean:
 	rm -rf .venv runs build *.egg-info
