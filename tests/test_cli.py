@@ -143,6 +143,14 @@ def test_convert_to_timm_and_back_changes_nothing(trained, tmp_path, capsys):
         assert differ == [], (name, differ)
 
 
+def test_convert_refuses_a_broken_file_in_one_line(trained, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_bytes((trained / "config.json").read_bytes())
+    (tmp_path / "broken/model.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:-500])
+    with pytest.raises(UserError, match="broken: .*incomplete metadata"):
+        dispatch(["convert", str(tmp_path / "broken"), str(tmp_path / "x"), "--to", "timm"])
+
+
 def test_convert_refuses_in_one_line(trained, tmp_path):
     for words, error, message in (
         ([tmp_path / "none", tmp_path / "x"], UserError, "none: no such file or folder"),

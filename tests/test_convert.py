@@ -655,6 +655,21 @@ def test_a_model_without_a_head_is_refused(tmp_path):
     assert "missing classifier.bias, classifier.weight" in refusal(tmp_path)
 
 
+def test_a_folder_with_a_pickle_is_refused(tmp_path):
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert "no .safetensors file in it (pickles such as pytorch_model.bin are not read)" in refusal(tmp_path)
+
+
+def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path):
+    save_timm(tiny_model(), tmp_path, MEAN, STD)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["depth"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "its config.json says depth 7, its tensors" in refusal(tmp_path)
+
+
 def test_one_array_is_no_npz_file(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")

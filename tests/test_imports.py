@@ -112,7 +112,12 @@ def test_code_that_is_copied_to_the_hub_needs_torch_and_transformers_alone(name)
     path = ROOT / "vit_hf/models" / name
     imported = imported_modules(path.read_text(), f"vit_hf.models.{path.stem}", False)
     others = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names)
-    assert others <= {"torch", "transformers", "huggingface_hub", "vit_hf"}  # transformers needs huggingface_hub itself
+    assert others <= {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "vit_hf",
+    }  # transformers needs huggingface_hub itself
 
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "evaluate", "sklearn", "pandas", "matplotlib")

@@ -378,6 +378,19 @@ def test_truncated_file_is_an_error(tmp_path):
         load_pretrained(str(tmp_path))
 
 
+def test_a_timm_folder_says_that_it_has_to_be_converted(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "num_classes": 10}')
+    with pytest.raises(ValueError, match="its config.json is timm's: .* vit-hf convert .* DIR"):
+        load_pretrained(str(tmp_path))
+
+
+def test_a_misspelt_switch_is_refused_in_python_too():
+    with pytest.raises(
+        ValueError, match="'position_embeding' is no field of ViTConfig, did you mean position_embedding"
+    ):
+        ViTConfig(**TINY, position_embeding="none")
+
+
 def test_folder_that_does_not_exist_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError):

@@ -74,10 +74,15 @@ def models(argv: list[str]) -> None:
     if args.name:
         width = max(len(part) for part, _ in parts)
         print(f"\n{'part':{width}}  shape, for one image")
-        print("\n".join(f"{part:{width}}  {' x '.join(map(str, shape))}" for part, shape in parts))
+        inner = [part for part, _ in parts if part.startswith("vit.layers.")][1:-1]  # all the same
+        for part, shape in parts:
+            if part not in inner:
+                print(f"{part:{width}}  {' x '.join(map(str, shape))}")
+            elif part == inner[0]:
+                print("...")
     print(
-        "\nGFLOPs: one image forward, two operations a multiply-add. Memory of training, before what the framework "
-        "itself takes: states (fp32 weights, gradients, AdamW) + images at once x an image (bf16 mixed precision)."
+        "\nGFLOPs: one image forward, two operations a multiply-add. Memory of training: states (fp32 weights,\n"
+        "gradients, AdamW) + images at once x an image (bf16 mixed precision), and what the framework takes."
     )
 
 
@@ -94,6 +99,7 @@ def convert(argv: list[str]) -> None:
     if (args.directory / "config.json").exists() or args.directory.is_file():
         raise UserError(f"{args.directory} holds a model already, or is a file; name another folder")
     import transformers
+    from safetensors import SafetensorError
 
     from vit_hf.data.decode import Preprocessing, processor_normalisation
     from vit_hf.models.configuration_vit import pair
@@ -112,8 +118,8 @@ def convert(argv: list[str]) -> None:
             Preprocessing(size, image_mean=tuple(mean), image_std=tuple(std)).image_processor().save_pretrained(
                 args.directory
             )
-    except (ValueError, OSError) as error:
-        raise UserError(f"{args.source}: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"{args.source}: {' '.join(str(error).split())[:400]}") from None
     if args.to == "timm" and model.config.layer_norm_eps != 1e-6:
         print(
             f"note: timm's norms have an eps of 1e-6, this model {model.config.layer_norm_eps:g}; logits differ by it"

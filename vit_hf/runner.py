@@ -294,7 +294,7 @@ def describe(
     accelerator.print(
         f"model: {args.preset or args.model_name_or_path}, "
         f"from {'random' if args.preset else 'its'} weights, {resolved['num_parameters'] / 1e6:.2f} M parameters, "
-        f"{resolved['num_classes']} classes\n"
+        f"{resolved['num_classes']} classes, {'x'.join(map(str, resolved['image_size']))} pixels\n"
         f"data: {args.dataset_name}, {resolved['train_samples']} training images ({resolved['train_split']}), "
         f"{resolved['eval_samples']} evaluation images ({resolved['eval_split']})\n"
         f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "

@@ -3,6 +3,7 @@
 """The fields of a Vision Transformer: those of transformers' ViTConfig and the paper's switches that it lacks."""
 
 import dataclasses
+import difflib
 import math
 
 import transformers
@@ -86,6 +87,11 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
     initializer: str = "transformers"
 
     def __post_init__(self, **kwargs):
+        for (
+            name
+        ) in kwargs:  # transformers keeps names that it does not know, so that a misspelt switch would do nothing
+            if close := difflib.get_close_matches(name, [item.name for item in own_fields()], n=1, cutoff=0.9):
+                raise ValueError(f"{name!r} is no field of ViTConfig, did you mean {close[0]}?")
         super().__post_init__(**kwargs)
         self._check_values()
         if self.stem == "hybrid_resnet" and self.stem_depths is None:

@@ -91,6 +91,8 @@ def load_source(source: str | Path) -> tuple[ViTForImageClassification, tuple[li
     if path.is_dir():
         config = _timm_config(path)
         if not config:
+            if path.joinpath("config.json").is_file() and not any(path.glob("*.safetensors")):
+                raise OSError("no .safetensors file in it (pickles such as pytorch_model.bin are not read)")
             return load_pretrained(str(path), need_head=True), None
         if not (path / "model.safetensors").is_file():
             raise OSError("no model.safetensors in it (pickles such as pytorch_model.bin are not read)")
@@ -151,6 +153,9 @@ def _from_timm(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[ViTF
     need_tensors(tensors, "timm", {"patch_embed.proj.weight": 4})
     width, channels, *patch_size = tensors["patch_embed.proj.weight"].shape
     heads = _timm_heads(tensors, width, architecture, arguments)
+    for name, found in (("embed_dim", width), ("depth", count(tensors, r"blocks\.(\d+)\."))):
+        if arguments.get(name) not in (None, found):
+            raise ValueError(f"its config.json says {name} {arguments[name]}, its tensors {found}")
     pool = arguments.get("global_pool") or config.get("global_pool") or pretrained.get("global_pool")
     pooling, stem, registers = _timm_pooling(tensors, pool), _timm_stem(tensors), size_of(tensors, "reg_token", 1)
     stride = hybrid_stride(stem["stem_depths"]) if stem else 1

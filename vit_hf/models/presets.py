@@ -171,6 +171,10 @@ def load_pretrained(
     if looks_local and not os.path.isdir(name_or_path):
         raise OSError("no such folder")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    if "model_type" not in config and {"architecture", "pretrained_cfg"} & set(config):
+        raise ValueError(
+            f"its config.json is timm's: make a model folder of it first, vit-hf convert {name_or_path} DIR"
+        )
     model_class = FAMILIES.get(config.get("model_type"))
     extra: dict[str, Any] = {}
     if model_class is None:
@@ -236,7 +240,7 @@ def for_new_labels(
     changes = _checked(type(model.config), changes)
     fields = model.config.to_dict()
     if isinstance(model, ViTForImageClassification):
-        _refuse_other_positions(model.config, changes)
+        _refuse_new_parts(model.config, changes)
     other = [f"{name} {fields[name]}" for name in changes if name not in FREE and changes[name] != fields[name]]
     if other:
         raise ValueError(
@@ -270,7 +274,14 @@ def for_new_labels(
     return target
 
 
-def _refuse_other_positions(config: ViTConfig, changes: dict[str, Any]) -> None:
+def _refuse_new_parts(config: ViTConfig, changes: dict[str, Any]) -> None:
+    """Raises ValueError where a change asks for weights that nothing can be made of."""
+    pooling = changes.get("pooling", config.pooling)
+    if pooling != config.pooling and (config.pooling, pooling) != ("cls", "mean"):
+        raise ValueError(
+            f"--config_overrides makes another encoder: pooling {config.pooling} cannot become {pooling} (cls can become "
+            "mean); leave pooling out, or train from scratch with --preset"
+        )
     kind = changes.get("position_embedding", config.position_embedding)
     if kind != config.position_embedding:
         raise ValueError(
