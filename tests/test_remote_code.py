@@ -39,7 +39,7 @@ print("RESULT" + json.dumps(found))
 """
 
 
-def test_every_family_is_pushed_and_loads_by_id_without_the_package(tmp_path, monkeypatch):
+def test_every_family_is_pushed_and_loads_by_id_without_the_package(tmp_path):
     """Saved as a run saves it, pushed to a local Hub, and loaded by the Auto classes and a pipeline: equal logits and
     tokens, BatchNorm statistics and class names included."""
     processor = Preprocessing((32, 32)).image_processor()

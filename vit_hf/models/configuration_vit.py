@@ -87,10 +87,10 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
     initializer: str = "transformers"
 
     def __post_init__(self, **kwargs):
-        for (
-            name
-        ) in kwargs:  # transformers keeps names that it does not know, so that a misspelt switch would do nothing
-            if close := difflib.get_close_matches(name, [item.name for item in own_fields()], n=1, cutoff=0.9):
+        # transformers keeps names that it does not know, so that a misspelt switch would do nothing
+        own = [item.name for item in own_fields()]
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
                 raise ValueError(f"{name!r} is no field of ViTConfig, did you mean {close[0]}?")
         super().__post_init__(**kwargs)
         self._check_values()

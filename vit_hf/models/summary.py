@@ -12,6 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .configuration_vit import ViTConfig, pair
 from .presets import build, make_config
 
+# the modules whose outputs `stages` shows
+STAGE = re.compile(
+    r"vit\.embeddings(\.patch_embeddings(\.convolutions|\.backbone(\.conv|\.stages\.\d+)?)?)?|vit\.layers\.\d+"
+    r"|vit\.layernorm|vit\.attention_pool|(resnet|bit)\.(embedder|encoder\.stages\.\d+|pooler)|pre_logits|classifier"
+)
+
 
 class Summary(NamedTuple):
     """The size of a model.
@@ -60,13 +66,6 @@ def stages(config: transformers.PreTrainedConfig) -> list[tuple[str, tuple[int, 
             module.register_forward_hook(note(name))
     _forward(model, 1, output_hidden_states=True)
     return seen
-
-
-# the modules whose outputs `stages` shows
-STAGE = re.compile(
-    r"vit\.embeddings(\.patch_embeddings(\.convolutions|\.backbone(\.conv|\.stages\.\d+)?)?)?|vit\.layers\.\d+"
-    r"|vit\.layernorm|vit\.attention_pool|(resnet|bit)\.(embedder|encoder\.stages\.\d+|pooler)|pre_logits|classifier"
-)
 
 
 def _measure(config: transformers.PreTrainedConfig) -> tuple[int, int, int]:
