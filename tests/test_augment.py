@@ -1,6 +1,8 @@
 """Device-side augmentation: what is drawn for a sample depends on its key alone, and each operation is held against
 an independent reference."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,19 +12,18 @@ from torch.nn.functional import one_hot
 from vit_hf.data import augment
 from vit_hf.data.augment import (
     Augment,
-    epoch_order,
+    flips,
     mix,
     normalise,
-    random_flip,
+    random_erasing,
     random_padded_crop,
     random_resized_crop,
     resized_crop_boxes,
-    sample_keys,
-    uniform,
 )
 from vit_hf.data.decode import Preprocessing
+from vit_hf.data.keys import sample_keys, uniform
+from vit_hf.data.policies import color_jitter, rand_augment, trivial_augment
 
-USES = [augment.FLIP, augment.CROP_TOP, augment.CROP_LEFT, augment.CROP_AREA, augment.CROP_RATIO, augment.REPLACEMENT]
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
 
@@ -32,16 +33,16 @@ def keys_of(num: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
 
 
 def pixels_of(batch: int, height: int = 12, width: int = 10, seed: int = 0) -> torch.Tensor:
-    levels = np.random.RandomState(seed).randint(0, 256, (batch, 3, height, width))
+    levels = np.random.RandomState(seed).randint(0, 256, (batch, height, width, 3))
     return torch.from_numpy(levels.astype(np.uint8))
 
 
 def batch_of(index: np.ndarray, epoch: int = 3, num_classes: int = 5) -> dict[str, torch.Tensor]:
     """Sample i always has the same pixels and label."""
     return {
-        "pixel_values": pixels_of(64)[torch.from_numpy(index)],
+        "pixel_values": pixels_of(64)[torch.from_numpy(index)].permute(0, 3, 1, 2),
         "labels": torch.from_numpy(index) % num_classes,
-        "epoch": torch.full((len(index),), epoch),
+        "visit": torch.full((len(index),), epoch),
         "index": torch.from_numpy(index),
     }
 
@@ -51,103 +52,29 @@ def make(**changes) -> Augment:
     return Augment(**{**options, **changes})
 
 
-# --- keys ---
-
-
-def test_numpy_and_torch_draw_the_same_bits():
-    rng = np.random.RandomState(0)
-    epoch = rng.randint(0, 10**6, 1000).astype(np.int64)
-    index = rng.randint(0, 2**62, 1000).astype(np.int64)
-    for seed in (0, 1, 2**31):
-        keys = sample_keys(seed, epoch, index)
-        assert (torch.from_numpy(keys) == sample_keys(seed, torch.from_numpy(epoch), torch.from_numpy(index))).all()
-        for use in [*USES, augment.REPLACEMENT + 99]:
-            drawn = uniform(keys, use)
-            assert drawn.dtype == np.float32
-            assert np.array_equal(drawn, uniform(torch.from_numpy(keys), use).numpy())
-
-
-def test_keys_are_the_documented_hash():
-    """splitmix64's finaliser in Python's integers, so that a rewrite cannot change what old runs drew."""
-    mask = 2**64 - 1
-
-    def finalise(x):
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
-
-    golden = 0x9E3779B97F4A7C15
-    for seed, epoch, index in ((0, 0, 0), (3, 2, 17), (42, 1000, 10**9)):
-        state = finalise(seed + 1)
-        for number in (epoch, index):
-            state = finalise((state + number * golden) & mask)
-        key = int(sample_keys(seed, np.array([epoch]), np.array([index]))[0])
-        assert key & mask == state
-    keys = [int(key) & mask for key in keys_of(50, seed=3, epoch=2)]
-    signed = [(finalise(key) + 2**63) % 2**64 for key in keys]  # as int64 sorts them
-    assert epoch_order(3, 2, 50).tolist() == sorted(range(50), key=signed.__getitem__)
-
-
-@pytest.mark.parametrize("use", USES)
-def test_draws_are_uniform(use):
-    """Chi-square over 64 bins within 5 standard deviations of its mean, for the keys of one epoch."""
-    drawn = uniform(keys_of(64_000), use)
-    assert drawn.min() >= 0 and drawn.max() < 1
-    counts = np.bincount((drawn * 64).astype(int), minlength=64)
-    chi_square = ((counts - 1000) ** 2 / 1000).sum()
-    assert abs(chi_square - 63) < 5 * (2 * 63) ** 0.5
-
-
-def test_draws_are_independent_between_uses_epochs_seeds_and_neighbours():
-    """Sample correlations of 50,000 pairs stay below 5 / sqrt(50,000)."""
-    keys = keys_of(50_000)
-    columns = [uniform(keys, use) for use in USES]
-    columns += [uniform(keys_of(50_000, epoch=1), USES[0]), uniform(keys_of(50_000, seed=1), USES[0])]
-    columns += [np.roll(columns[0], 1)]
-    correlations = np.corrcoef(columns) - np.eye(len(columns))
-    assert abs(correlations).max() < 5 / 50_000**0.5
-
-
-def test_epoch_order_is_a_permutation_and_a_function_of_seed_and_epoch():
-    orders = {(seed, epoch): epoch_order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)}
-    for order in orders.values():
-        assert np.array_equal(np.sort(order), np.arange(1000))
-    assert np.array_equal(orders[0, 1], epoch_order(0, 1, 1000))
-    listed = list(orders.values())
-    for first in range(4):
-        for second in range(first):
-            assert (listed[first] == listed[second]).sum() < 15  # chance alone leaves about one in place
-    assert abs(np.corrcoef(listed[0], np.arange(1000))[0, 1]) < 0.15
-
-
-def test_order_and_crops_are_not_drawn_from_the_same_numbers():
-    """The samples that come first in an epoch are not cropped in another way than the last ones."""
-    order = epoch_order(0, 0, 50_000)
-    place = np.empty(50_000)
-    place[order] = np.arange(50_000)
-    for use in USES:
-        assert abs(np.corrcoef(place, uniform(keys_of(50_000), use))[0, 1]) < 5 / 50_000**0.5
-
-
 # --- operations ---
+
+
+STAY = np.zeros(2000, dtype=bool)
 
 
 def test_padded_crop_equals_numpy():
     pixels, keys = pixels_of(40), keys_of(40)
-    found = random_padded_crop(pixels, torch.from_numpy(keys), 3)
+    flipped = np.arange(40) % 3 == 0
+    found = random_padded_crop(pixels, keys, 3, flipped)
     tops = (uniform(keys, augment.CROP_TOP) * 7).astype(int)
     lefts = (uniform(keys, augment.CROP_LEFT) * 7).astype(int)
     assert set(tops) == set(lefts) == set(range(7))  # every shift occurs
-    for image, top, left, result in zip(pixels.numpy(), tops, lefts, found.numpy()):
-        padded = np.pad(image, ((0, 0), (3, 3), (3, 3)))
-        assert np.array_equal(result, padded[:, top : top + 12, left : left + 10])
+    for image, top, left, mirrored, result in zip(pixels.numpy(), tops, lefts, flipped, found.numpy()):
+        cut = np.pad(image, ((3, 3), (3, 3), (0, 0)))[top : top + 12, left : left + 10]
+        assert np.array_equal(result, cut[:, ::-1] if mirrored else cut)
     assert found.dtype == torch.uint8
 
 
 def bilinear(image: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
-    """The image at the pixel centres of a grid over the box, written out: (C, H, W) -> float64 (C, H, W)."""
+    """The image at the pixel centres of a grid over the box, written out: (H, W, C) -> float64 (H, W, C)."""
     top, left, box_height, box_width = box
-    _, height, width = image.shape
+    height, width, _ = image.shape
 
     def weights(start, extent, size):
         centre = np.clip(start + (np.arange(size) + 0.5) * extent / size - 0.5, 0, size - 1)
@@ -158,24 +85,29 @@ def bilinear(image: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
         return matrix
 
     rows, columns = weights(top, box_height, height), weights(left, box_width, width)
-    return np.einsum("yi,cij,xj->cyx", rows, image.astype(np.float64), columns)
+    return np.einsum("yi,ijc,xj->yxc", rows, image.astype(np.float64), columns)
 
 
 def test_resized_crop_equals_numpy_and_pillow():
-    """Float arithmetic to 1e-2 of a grey level; Pillow, which rounds twice, within one grey level, borders too."""
+    """To the rounding of grey levels; Pillow, which rounds twice, within one grey level, borders too."""
     pixels, keys = pixels_of(50), keys_of(50)
-    found = random_resized_crop(pixels, torch.from_numpy(keys), 0.2)
-    boxes = np.stack(resized_crop_boxes(keys, 12, 10, 0.2), axis=1).astype(np.float64)
-    for image, (top, left, height, width), result in zip(pixels.numpy(), boxes, found.numpy()):
-        np.testing.assert_allclose(result, bilinear(image, (top, left, height, width)), atol=1e-2)
+    flipped = np.arange(50) % 2 == 0
+    boxes = resized_crop_boxes(keys, (12, 10), 0.2)
+    found = random_resized_crop(pixels, boxes, flipped)
+    assert found.dtype == torch.uint8
+    for image, (top, left, height, width), mirrored, result in zip(
+        pixels.numpy(), boxes.astype(float), flipped, found.numpy().astype(int)
+    ):
+        result = result[:, ::-1] if mirrored else result
+        np.testing.assert_allclose(result, bilinear(image, (top, left, height, width)), atol=0.5 + 1e-2)
         corners = (left, top, min(left + width, 10), min(top + height, 12))
-        pillow = Image.fromarray(image.transpose(1, 2, 0)).resize((10, 12), Image.Resampling.BILINEAR, box=corners)
-        assert abs(result - np.asarray(pillow).transpose(2, 0, 1).astype(np.float32)).max() <= 1.0
+        pillow = Image.fromarray(image).resize((10, 12), Image.Resampling.BILINEAR, box=corners)
+        assert abs(result - np.asarray(pillow)).max() <= 1
 
 
 def test_crop_boxes_lie_inside_and_cover_the_stated_share():
     height, width = 40, 60
-    top, left, box_height, box_width = resized_crop_boxes(keys_of(20_000), height, width, 0.1)
+    top, left, box_height, box_width = resized_crop_boxes(keys_of(20_000), (height, width), 0.1).T
     assert min(top.min(), left.min()) >= 0
     assert (top + box_height).max() <= height + 1e-4 and (left + box_width).max() <= width + 1e-4
     share, ratio = box_height * box_width / (height * width), box_width / box_height
@@ -189,43 +121,51 @@ def test_crop_boxes_lie_inside_and_cover_the_stated_share():
     assert (
         abs((top + box_height / 2).mean() - height / 2) < 0.2 and abs((left + box_width / 2).mean() - width / 2) < 0.3
     )
-    for found, torch_found in zip(
-        (top, left, box_height, box_width), resized_crop_boxes(torch.from_numpy(keys_of(20_000)), height, width, 0.1)
-    ):
-        np.testing.assert_allclose(found, torch_found.numpy(), atol=1e-4)
 
 
-def test_whole_area_of_a_square_image_is_possible_and_crop_keeps_it():
-    """A box that is the image gives the image back."""
-    pixels = pixels_of(4, 12, 12)
-    grid_keys = torch.from_numpy(keys_of(4))
-    original = augment.resized_crop_boxes
-    try:
-        augment.resized_crop_boxes = lambda keys, height, width, scale: (
-            torch.zeros(4), torch.zeros(4), torch.full((4,), float(height)), torch.full((4,), float(width))
-        )  # fmt: skip
-        found = random_resized_crop(pixels, grid_keys, 1.0)
-    finally:
-        augment.resized_crop_boxes = original
-    torch.testing.assert_close(found, pixels.float(), rtol=0, atol=1e-2)
+def test_box_of_the_whole_image_keeps_it():
+    pixels = pixels_of(4)
+    whole = np.tile(np.array([0, 0, 12, 10], dtype=np.float32), (4, 1))
+    assert torch.equal(random_resized_crop(pixels, whole, STAY[:4]), pixels)
 
 
 def test_flip_mirrors_the_stated_share():
-    pixels, keys = pixels_of(2000, 3, 4), torch.from_numpy(keys_of(2000))
-    found = random_flip(pixels, keys, 0.3)
-    mirrored = (found == pixels.flip(-1)).all(dim=(1, 2, 3))
-    same = (found == pixels).all(dim=(1, 2, 3))
+    pixels, keys = pixels_of(2000, 3, 4), keys_of(2000)
+    found = make(flip=0.3).change(pixels, keys)
+    mirrored = (found == pixels.flip(2)).all(dim=3).all(dim=2).all(dim=1)
+    same = (found == pixels).all(dim=3).all(dim=2).all(dim=1)
     assert (mirrored | same).all()
     assert abs(mirrored.float().mean() - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
-    assert torch.equal(random_flip(pixels, keys, 1.0), pixels.flip(-1))
-    assert torch.equal(random_flip(pixels, keys, 0.0), pixels)
+    assert torch.equal(make(flip=1.0).change(pixels, keys), pixels.flip(2))
+    assert torch.equal(make(flip=0.0).change(pixels, keys), pixels)
+    assert np.array_equal(flips(keys, 0.3), mirrored.numpy())
+
+
+def test_erasing_fills_one_box_of_the_stated_share_with_noise():
+    """In about the stated share of the samples; 2 to 33 % of the area (rounded to pixels), even noise in each channel."""
+    pixels = torch.full((1500, 40, 50, 3), 100, dtype=torch.uint8)
+    found = random_erasing(pixels, keys_of(1500), 0.4)
+    changed = (found != pixels).any(dim=3)
+    rows = torch.nonzero(changed.flatten(1).any(1))[:, 0]
+    assert abs(len(rows) / 1500 - 0.4) < 5 * (0.24 / 1500) ** 0.5
+    values = []
+    for row in rows.tolist():
+        ys, xs = torch.nonzero(changed[row], as_tuple=True)
+        box = found[row, ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+        assert 0.01 < box[..., 0].numel() / 2000 < 0.36
+        assert changed[row].sum() > 0.95 * box[..., 0].numel()  # one whole box; noise may hit the old level
+        values.append(box.reshape(-1, 3))
+    values = torch.cat(values).float()
+    assert abs(values.mean(0) - 127.5).max() < 1 and abs(values.std(0) - 73.9).max() < 1
+    assert abs(np.corrcoef(values.T.numpy())[0, 1]) < 0.02
+    assert torch.equal(random_erasing(pixels, keys_of(1500), 0.0), pixels)
 
 
 def test_normalised_values_are_the_image_processors():
     pixels = pixels_of(4)
     processor = Preprocessing((12, 10), image_mean=tuple(MEAN), image_std=tuple(STD)).image_processor()
-    expected = processor([image.permute(1, 2, 0).numpy() for image in pixels], return_tensors="pt")["pixel_values"]
-    found = normalise(pixels, torch.tensor(MEAN), torch.tensor(STD))
+    expected = processor([image.numpy() for image in pixels], return_tensors="pt")["pixel_values"]
+    found = normalise(pixels.permute(0, 3, 1, 2), torch.tensor(MEAN), torch.tensor(STD))
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-6)
 
 
@@ -245,11 +185,20 @@ def test_label_smoothing_spreads_over_all_classes():
 # --- what a sample looks like depends on its key alone ---
 
 CROPS = [("none", 0.0), ("padding", 2.0), ("scale", 0.2)]
+POLICIES = {
+    "none": {},
+    "RandAugment": {"policies": [rand_augment]},
+    "the other op set": {"policies": [functools.partial(rand_augment, magnitude=10, ops="big_vision")], "fill": 128},
+    "TrivialAugment, jitter, erasing": {
+        "policies": [trivial_augment, functools.partial(color_jitter, strength=0.4)], "erasing": 0.5,
+    },
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("crop", CROPS)
-def test_a_sample_does_not_depend_on_its_batch_step_or_rank(crop):
-    apply = make(crop=crop, flip=0.5, label_smoothing=0.1)
+def test_a_sample_does_not_depend_on_its_batch_step_or_rank(crop, policy):
+    apply = make(crop=crop, flip=0.5, label_smoothing=0.1, **POLICIES[policy])
     whole, targets = apply(batch_of(np.arange(24)), step=4, micro_step=0, rank=0)
     cut = [apply(batch_of(part), 9, micro, 3) for micro, part in enumerate(np.split(np.arange(24), [1, 8, 12]))]
     assert torch.equal(torch.cat([pixels for pixels, _ in cut]), whole)
@@ -314,6 +263,26 @@ def test_cutmix_written_out(seed):
     share = 1 - inside / 120
     torch.testing.assert_close(mixed_targets, share * targets + (1 - share) * targets.flip(0))
     assert torch.equal(pixel_values, before)
+
+
+def test_elementwise_mixing_draws_for_each_sample():
+    """Each sample is its own mixup or cutmix with its mirror place, and its target follows its own share."""
+    pixel_values, targets = inputs(batch=64)
+    targets = torch.eye(64)
+    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(0), 1.0, 1.0, mode="elem")
+    shares, cuts = set(), 0
+    for sample in range(64):
+        own, other = pixel_values[sample], pixel_values[63 - sample]
+        share = mixed_targets[sample, sample].item()
+        shares.add(round(share, 5))
+        torch.testing.assert_close(mixed_targets[sample].sum(), torch.tensor(1.0))
+        taken = (mixed[sample] == other).all(0)
+        if ((mixed[sample] == own).all(0) | taken).all():
+            cuts += 1
+            assert share == pytest.approx(1 - taken.float().mean().item(), abs=1e-6)
+        else:
+            torch.testing.assert_close(mixed[sample], share * own + (1 - share) * other, rtol=1e-4, atol=1e-4)
+    assert len(shares) > 40 and 15 < cuts < 50
 
 
 def test_both_on_draws_each_half_of_the_time():

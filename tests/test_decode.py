@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -18,6 +19,8 @@ from vit_hf.data.decode import (
     DECODE_ERRORS,
     Preprocessing,
     crop_to_pixels,
+    decode_row,
+    image_size,
     open_image,
     processor_config,
     processor_normalisation,
@@ -93,7 +96,6 @@ def encodings() -> dict[str, bytes]:
         "palette": encoded(palette),
         "CMYK JPEG": encoded(picture(40, 30, "CMYK"), "JPEG", quality=95),
         "gray JPEG": encoded(picture(40, 30, "L"), "JPEG"),
-        "16 bits": encoded(picture(40, 30, "I;16")),
         "transparent palette": encoded(palette, transparency=3),
         "gray and alpha": encoded(picture(40, 30, "LA")),
         "RGBA": encoded(picture(40, 30, "RGBA")),
@@ -111,6 +113,13 @@ def test_every_kind_of_image_becomes_the_processors_rgb(name):
     preprocessing = PREPROCESSINGS["square"]
     expected = processed(preprocessing.image_processor(), data).float()
     torch.testing.assert_close(ours(data, preprocessing), expected, rtol=0, atol=1e-6)
+
+
+def test_16_bits_are_scaled_to_8():
+    """The image processor clips them, which leaves an almost white picture."""
+    image = picture(6, 5, "I;16")
+    pixels = np.asarray(open_image({"bytes": encoded(image), "path": None}))
+    assert np.array_equal(pixels, np.repeat((np.asarray(image) // 256)[..., None], 3, axis=2))
 
 
 def test_gray_becomes_three_equal_channels():
@@ -144,10 +153,56 @@ def test_file_by_path_equals_file_by_bytes(tmp_path):
 
 def test_box_of_the_whole_image_is_the_plain_resize():
     image, preprocessing = picture(50, 40), PREPROCESSINGS["square"]
-    whole = crop_to_pixels(image, (0.0, 0.0, 40.0, 50.0), preprocessing)
+    value = {"bytes": encoded(image), "path": None}
+    whole = crop_to_pixels(value, lambda size: (0.0, 0.0, *map(float, size)), preprocessing)
     assert np.array_equal(whole, to_pixels(image, preprocessing))
-    cut = crop_to_pixels(image, (4.0, 6.0, 32.0, 32.0), preprocessing)
+    cut = crop_to_pixels(value, lambda size: (4.0, 6.0, 32.0, 32.0), preprocessing)
     assert np.array_equal(cut, np.asarray(image)[4:36, 6:38])  # the size of the output: nothing to resize
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Smooth with some detail, so that a resize by another road gives nearly the same."""
+    rng = np.random.RandomState(5)
+    coarse = Image.fromarray(rng.randint(0, 256, (9, 12, 3)).astype(np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(monkeypatch, mode, turned):
+    """At a quarter where the box allows it, upright, and the box where it belongs: within two grey levels on average of
+    the crop of the fully decoded picture. A turned one is decoded whole."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photograph(640, 480).convert(mode), "JPEG", quality=95, **({"exif": exif} if turned else {}))
+    value, preprocessing = {"bytes": data, "path": None}, PREPROCESSINGS["square"]
+    whole = open_image(value)
+    box, seen, drafts = (101.5, 60.25, 250.0, 300.0), [], []
+    draft = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda self, *a: (drafts.append(a), draft(self, *a))[1])
+
+    def box_of(size):
+        seen.append(size)
+        return box
+
+    found = crop_to_pixels(value, box_of, preprocessing)
+    assert seen == [(whole.height, whole.width)] == [(640, 480) if turned else (480, 640)]
+    corners = (60.25, 101.5, 360.25, 351.5)
+    expected = np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR, box=corners)).astype(int)
+    assert abs(found.astype(int) - expected).mean() < 2
+    assert len(drafts) == (0 if turned else 1)
+
+
+def test_pixels_take_the_place_of_a_file():
+    """Rows of a set that is computed and not stored."""
+    image, preprocessing = picture(50, 40), PREPROCESSINGS["square"]
+    assert np.array_equal(decode_row(np.asarray(image), preprocessing), to_pixels(image, preprocessing))
+    cut = decode_row(np.asarray(image), preprocessing, lambda size: (4.0, 6.0, 32.0, 32.0))
+    assert np.array_equal(cut, np.asarray(image)[4:36, 6:38])
+
+
+def test_size_is_read_off_the_header():
+    assert image_size({"bytes": encoded(picture(50, 40), "JPEG")[:700], "path": None}) == (40, 50)
 
 
 # --- what is not an image ---

@@ -16,7 +16,8 @@ from torch import nn
 
 from vit_hf.data.augment import normalise
 from vit_hf.data.decode import Preprocessing
-from vit_hf.data.loader import EvalPlaces, ImageBatches, device_batches
+from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches
+from vit_hf.data.rows import TableRows
 from vit_hf.errors import UserError
 from vit_hf.evaluation.evaluate import METRICS, evaluate_model, predict
 
@@ -90,9 +91,9 @@ def image_set(num: int, classes: int, bad: tuple[int, ...] = ()) -> tuple[datase
 
 
 def batches_of(rows, batch_size, **options):
-    batches = ImageBatches(rows, Preprocessing((4, 4)), **options)
+    batches = ImageBatches(TableRows(rows), Preprocessing((4, 4)), **options)
     places = EvalPlaces(num_samples=len(rows), num_processes=1, rank=0, batch_size=batch_size)
-    return device_batches(batches, places, torch.device("cpu"), 0, {})
+    return DeviceBatches(batches, places, torch.device("cpu"), 0, Faults())
 
 
 def measured(rows, batch_size, classes, **options) -> dict[str, float]:

@@ -1,6 +1,10 @@
 """Which sample comes where, and the way from a dataset to batches."""
 
+import errno
 import io
+import signal
+import threading
+import time
 from collections import Counter
 
 import datasets
@@ -9,10 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_hf.data import loader
-from vit_hf.data.augment import REPLACEMENT, sample_keys, uniform
+from tests.runs import python
+from vit_hf.data import rows
+from vit_hf.data.augment import REPLACEMENT
+from vit_hf.data.cache import decoded
 from vit_hf.data.decode import Preprocessing, open_image, to_pixels
-from vit_hf.data.loader import EvalPlaces, ImageBatches, Places, TrainPlaces, device_batches
+from vit_hf.data.keys import sample_keys, uniform
+from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, Places, TrainPlaces
+from vit_hf.data.rows import TableRows
 from vit_hf.errors import UserError
 
 CPU = torch.device("cpu")
@@ -28,7 +36,7 @@ def train_places(world: int = 1, rank: int = 0, micro: int | None = None, **chan
 
 
 def pairs(places: Places) -> list[tuple[int, int]]:
-    return list(zip(places.epoch.tolist(), places.index.tolist()))
+    return list(zip(places.visit.tolist(), places.index.tolist()))
 
 
 def steps_of(all_ranks: list[TrainPlaces]) -> list[list[tuple[int, int]]]:
@@ -85,17 +93,26 @@ def test_a_batch_larger_than_the_set_spans_epochs():
     assert all(len({i for e, i in pairs(places) if e == epoch}) == 5 for epoch in (0, 1))
 
 
+@pytest.mark.parametrize("world, micro", [(1, 12), (2, 3), (4, 3)])
+def test_repeated_samples_come_in_a_row_each_time_with_another_key(world, micro):
+    ranks = [train_places(world, rank, micro, repeats=3, total_steps=10) for rank in range(world)]
+    stream = [pair for together in zip(*ranks) for places in together for pair in pairs(places)]
+    plain = [pair for places in train_places(total_steps=10) for pair in pairs(places)]
+    assert [index for _, index in stream] == [index for _, index in plain for _ in range(3)][:120]
+    assert [visit for visit, _ in stream[:90]] == [0, 1, 2] * 30  # an epoch of the samples, in three of the schedule
+    assert len(set(stream)) == 120
+
+
 # --- evaluation places ---
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 8, 29])
-def test_each_evaluation_sample_is_valid_exactly_once(num_samples, world, batch_size):
-    ranks = [
-        list(EvalPlaces(num_samples=num_samples, num_processes=world, rank=rank, batch_size=batch_size))
-        for rank in range(world)
-    ]
+@pytest.mark.parametrize("workers", [0, 3])
+def test_each_evaluation_sample_is_valid_exactly_once(num_samples, world, batch_size, workers):
+    options = dict(num_samples=num_samples, num_processes=world, batch_size=batch_size, num_workers=workers)
+    ranks = [list(EvalPlaces(rank=rank, **options)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1  # ZeRO-3 gathers weights in each forward pass
     assert {len(places.index) for batches in ranks for places in batches} == {len(ranks[0][0].index)}
     places = [p for batches in ranks for p in batches]
@@ -133,75 +150,124 @@ def image_set(num: int = 10, bad: dict[int, bytes] | None = None) -> datasets.Da
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def places_of(*index: int, epoch: int = 2) -> Places:
+def places_of(*index: int, visit: int = 2) -> Places:
     index = np.array(index, dtype=np.int64)
-    return Places(np.full_like(index, epoch), index, np.ones(len(index), dtype=bool))
+    return Places(np.full_like(index, visit), index, np.ones(len(index), dtype=bool))
+
+
+@pytest.fixture
+def batches_of(tmp_path):
+    """Batches over a dataset, decoded once or each time."""
+
+    def make(dataset, preprocessing=PREPROCESSING, once=False, class_index=None, **options):
+        rows = TableRows(dataset, class_index)
+        pixels = decoded(rows, preprocessing, tmp_path) if once else None
+        return ImageBatches(rows, preprocessing, pixels, **options)
+
+    return make
 
 
 @pytest.mark.parametrize("preprocessing", [PREPROCESSING, Preprocessing((10, 8), shortest_edge=12)])
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_pixels_and_labels_are_those_of_the_rows(preprocessing, in_memory):
+@pytest.mark.parametrize("once", [True, False])
+def test_pixels_and_labels_are_those_of_the_rows(preprocessing, once, batches_of):
     rows = image_set()
-    batch = ImageBatches(rows, preprocessing, keep_in_memory=in_memory)[places_of(7, 0, 7, 3)]
+    batch = batches_of(rows, preprocessing, once)[places_of(7, 0, 7, 3)]
     for place, row in enumerate((7, 0, 7, 3)):
         expected = to_pixels(open_image(rows[row]["image"]), preprocessing)
         assert np.array_equal(batch["pixel_values"][place].numpy(), expected)
     assert batch["pixel_values"].dtype == torch.uint8
     assert batch["labels"].tolist() == [1, 0, 1, 0] and batch["index"].tolist() == [7, 0, 7, 3]
-    assert batch["epoch"].tolist() == [2] * 4 and batch["valid"].all() and batch["bad"] == {}
+    assert batch["visit"].tolist() == [2] * 4 and batch["valid"].all()
+    assert batch["bad"] == {} and batch["error"] is None and batch["retried"] == []
 
 
-def test_a_set_is_kept_in_memory_when_its_pixels_fit(monkeypatch):
-    pixels = 10 * 12 * 12 * 3
-    monkeypatch.setattr(loader, "CACHE_BYTES", pixels)
-    assert ImageBatches(image_set(), PREPROCESSING).crops_on_device
-    monkeypatch.setattr(loader, "CACHE_BYTES", pixels - 1)
-    batches = ImageBatches(image_set(), PREPROCESSING, crop_scale=0.3)
-    assert not batches.crops_on_device and batches.crop_scale == 0.3
-
-
-def test_class_index_renumbers_labels():
-    batch = ImageBatches(image_set(), PREPROCESSING, class_index=[5, 9, 1])[places_of(0, 1, 2, 3)]
+def test_class_index_renumbers_labels(batches_of):
+    batch = batches_of(image_set(), class_index=[5, 9, 1])[places_of(0, 1, 2, 3)]
     assert batch["labels"].tolist() == [5, 9, 1, 5]
 
 
-def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone():
-    batches = ImageBatches(image_set(), PREPROCESSING, seed=1, crop_scale=0.2, keep_in_memory=False)
+def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone(batches_of):
+    batches = batches_of(image_set(), seed=1, crop_scale=0.2)
     together = batches[places_of(4, 5, 6)]["pixel_values"]
     for place, row in enumerate((4, 5, 6)):
         assert torch.equal(batches[places_of(row)]["pixel_values"][0], together[place])
-    assert not torch.equal(batches[places_of(4, 5, 6, epoch=3)]["pixel_values"], together)
-    other = ImageBatches(image_set(), PREPROCESSING, seed=2, crop_scale=0.2, keep_in_memory=False)
+    assert not torch.equal(batches[places_of(4, 5, 6, visit=3)]["pixel_values"], together)
+    other = batches_of(image_set(), seed=2, crop_scale=0.2)
     assert not torch.equal(other[places_of(4, 5, 6)]["pixel_values"], together)
-    whole = ImageBatches(image_set(), PREPROCESSING, keep_in_memory=False)
+    whole = batches_of(image_set())
     assert not torch.equal(whole[places_of(4, 5, 6)]["pixel_values"], together)
 
 
-def moved(batches, places, workers=0, bad=None):
-    return list(device_batches(batches, places, CPU, workers, {} if bad is None else bad))
+def moved(batches, places, workers=0, faults=None):
+    return list(DeviceBatches(batches, places, CPU, workers, faults or Faults()))
 
 
-def test_workers_give_the_same_batches_in_the_same_order():
+def test_workers_give_the_same_batches_in_the_same_order(batches_of):
     """Decoded row by row, with crops; and the tensors are as the loop wants them."""
-    batches = ImageBatches(image_set(30), PREPROCESSING, seed=3, crop_scale=0.2, keep_in_memory=False)
+    batches = batches_of(image_set(30), seed=3, crop_scale=0.2)
     alone, shared = (moved(batches, train_places(2, 1, 3, total_steps=3), workers) for workers in (0, 2))
     assert len(alone) == len(shared) == 6
     for first, second, places in zip(alone, shared, train_places(2, 1, 3, total_steps=3)):
-        assert first.keys() == second.keys() == {"pixel_values", "labels", "epoch", "index", "valid"}
+        assert first.keys() == second.keys() == {"pixel_values", "labels", "visit", "index", "valid"}
         for name in first:
             assert torch.equal(first[name], second[name]), name
         assert first["pixel_values"].shape == (3, 3, 12, 12)
-        assert first["index"].tolist() == places.index.tolist() and first["epoch"].tolist() == places.epoch.tolist()
+        assert first["index"].tolist() == places.index.tolist() and first["visit"].tolist() == places.visit.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_default_generator_is_left_alone(workers):
+def test_default_generator_is_left_alone(workers, batches_of):
     """Dropout draws from it; a loader that did too would change a run with the number of workers."""
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    batches = ImageBatches(image_set(30), PREPROCESSING, crop_scale=0.2, keep_in_memory=False, training=True)
+    batches = batches_of(image_set(30), crop_scale=0.2, training=True)
     moved(batches, train_places(1, 0, 12, total_steps=2), workers)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_can_be_gone_through_again_and_left_in_the_middle(workers, batches_of):
+    """As evaluation does, each time from the start; and no thread is left behind."""
+    places = EvalPlaces(num_samples=30, num_processes=1, rank=0, batch_size=4)
+    loader = DeviceBatches(batches_of(image_set(30)), places, CPU, workers, Faults())
+    whole = [batch["index"].tolist() for batch in loader]
+    threads = threading.active_count()
+    for batch in loader:
+        assert batch["index"].tolist() == whole[0]
+        break
+    assert [batch["index"].tolist() for batch in loader] == whole
+    assert threading.active_count() <= threads
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """kill -9 leaves no process that goes on decoding."""
+    code = """
+import numpy as np, os, signal, sys, torch
+from tests.test_loader import *
+rows = TableRows(image_set(30))
+places = train_places(total_steps=10_000)
+loader = DeviceBatches(ImageBatches(rows, PREPROCESSING), places, CPU, 2, Faults())
+batches = iter(loader)
+next(batches)
+workers = [process.pid for process in loader.loader._iterator._workers]
+print(*workers, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = python("-c", code, env={"HF_HOME": str(tmp_path)})
+    workers = [int(word) for word in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+        pass
+    assert not any(is_running(worker) for worker in workers)
+
+
+def is_running(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # --- images that do not decode ---
@@ -209,38 +275,37 @@ def test_default_generator_is_left_alone(workers):
 BAD = {4: b"no image", 7: png(7)[:200]}
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_bad_image_is_an_error_with_row_and_file(in_memory):
+@pytest.mark.parametrize("once", [True, False])
+def test_bad_image_is_an_error_with_row_and_file(once, batches_of):
     with pytest.raises(UserError) as caught:
-        batches = ImageBatches(image_set(bad=BAD), PREPROCESSING, keep_in_memory=in_memory)
+        batches = batches_of(image_set(bad=BAD), once=once)
         moved(batches, EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=10))
     message = str(caught.value)
     assert "row 4 " in message and "images/4.png" in message and "1 more" in message and "--on_bad_image" in message
     assert "\n" not in message
 
 
-def test_bad_image_in_a_worker_is_the_same_error():
-    batches = ImageBatches(image_set(bad=BAD), PREPROCESSING, keep_in_memory=False)
+def test_bad_image_in_a_worker_is_the_same_error(batches_of):
     with pytest.raises(UserError, match="row 4 .*images/4.png"):
-        moved(batches, EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=5), workers=1)
+        places = EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=5)
+        moved(batches_of(image_set(bad=BAD)), places, workers=1)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_skipped_training_rows_are_replaced_by_rows_chosen_from_their_key(in_memory):
-    batches = ImageBatches(
-        image_set(bad=BAD), PREPROCESSING, seed=5, on_bad_image="skip", training=True, keep_in_memory=in_memory
-    )
-    good = ImageBatches(image_set(), PREPROCESSING, keep_in_memory=True)
+@pytest.mark.parametrize("once", [True, False])
+def test_skipped_training_rows_are_replaced_by_rows_chosen_from_their_key(once, batches_of):
+    """And all other places stay as they are."""
+    batches = batches_of(image_set(bad=BAD), once=once, seed=5, on_bad_image="skip", training=True)
+    good = batches_of(image_set(), once=True)
     bad: dict[int, str] = {}
     replacements = set()
-    for epoch in range(12):
-        places = Places(np.full(10, epoch), np.arange(10), np.ones(10, dtype=bool))
+    for visit in range(12):
+        places = Places(np.full(10, visit), np.arange(10), np.ones(10, dtype=bool))
         batch = batches[places]
-        assert batch["valid"].all() and batch["index"].tolist() == list(range(10))
+        assert batch["valid"].all() and batch["index"].tolist() == list(range(10)) and batch["error"] is None
         bad.update(batch["bad"])
         for row in range(10):
             source, attempt = row, 0
-            key = sample_keys(5, np.array([epoch]), np.array([row]))
+            key = sample_keys(5, np.array([visit]), np.array([row]))
             while source in BAD:
                 source, attempt = int(uniform(key, REPLACEMENT + attempt)[0] * 10), attempt + 1
             assert torch.equal(batch["pixel_values"][row], good[places_of(source)]["pixel_values"][0])
@@ -250,18 +315,60 @@ def test_skipped_training_rows_are_replaced_by_rows_chosen_from_their_key(in_mem
     assert set(bad) == {4, 7} and "images/4.png" in bad[4]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_skipped_evaluation_rows_do_not_count(in_memory):
-    batches = ImageBatches(image_set(bad=BAD), PREPROCESSING, on_bad_image="skip", keep_in_memory=in_memory)
-    bad: dict[int, str] = {}
-    found = moved(batches, EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=4), bad=bad)
+@pytest.mark.parametrize("once", [True, False])
+def test_skipped_evaluation_rows_do_not_count(once, batches_of):
+    batches = batches_of(image_set(bad=BAD), once=once, on_bad_image="skip")
+    faults = Faults()
+    places = EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=4)
+    found = moved(batches, places, faults=faults)
     valid = [index for batch in found for index in batch["index"][batch["valid"]].tolist()]
     assert valid == [0, 1, 2, 3, 5, 6, 8, 9]
-    assert set(bad) == {4, 7}
+    assert set(faults.bad) == {4, 7}
 
 
-def test_a_set_without_any_good_image_ends_instead_of_looping():
-    batches = ImageBatches(
-        image_set(3, {0: b"", 1: b"", 2: b""}), PREPROCESSING, on_bad_image="skip", training=True, keep_in_memory=False
-    )
-    assert not batches[places_of(0, 1)]["valid"].any()
+@pytest.mark.parametrize("once", [True, False])
+def test_a_set_without_any_good_image_ends_instead_of_looping(once, batches_of):
+    bad = {0: b"", 1: b"", 2: b""}
+    batches = batches_of(image_set(3, bad), once=once, on_bad_image="skip", training=True)
+    with pytest.raises(UserError, match="does not decode"):
+        moved(batches, train_places(num_samples=3, total_steps=1))
+
+
+def test_a_decompression_bomb_is_a_bad_image(batches_of):
+    """A few bytes that claim 400 million pixels: refused before any of them is made."""
+    buffer = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
+    with pytest.raises(UserError, match="row 2 .*DecompressionBomb"):
+        moved(batches_of(image_set(4, {2: buffer.getvalue()})), train_places(num_samples=4, total_steps=1))
+
+
+# --- reads that fail ---
+
+
+def test_a_file_that_is_gone_is_a_bad_image_and_named(batches_of):
+    rows = image_set(4).to_list()
+    rows[1]["image"] = {"bytes": None, "path": "/nowhere/one.png"}
+    gone = datasets.Dataset.from_list(rows, features=image_set(1).features)
+    with pytest.raises(UserError, match="row 1 .*/nowhere/one.png"):
+        moved(batches_of(gone), train_places(num_samples=4, total_steps=1))
+
+
+def test_a_read_that_fails_is_tried_again_with_back_off(monkeypatch, batches_of, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    rows_ = image_set(4).to_list()
+    rows_[1]["image"] = {"bytes": None, "path": str(tmp_path / "a.png")}
+    dataset = datasets.Dataset.from_list(rows_, features=image_set(1).features)
+    waits, failures = [], [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
+    read = rows._file
+
+    def stumbling(path):
+        if failures:
+            raise failures.pop(0)
+        return read(path)
+
+    monkeypatch.setattr(rows, "_file", stumbling)
+    monkeypatch.setattr(rows.time, "sleep", waits.append)
+    faults = Faults()
+    (batch,) = moved(batches_of(dataset), train_places(num_samples=4, total_steps=1), faults=faults)
+    assert batch["valid"].all() and waits == [0.5, 2.0]
+    assert len(faults.retried) == 2 and "a.png" in faults.retried[0] and "Input/output error" in faults.retried[0]

@@ -409,7 +409,7 @@ def test_gated_imagenet_says_where_to_ask_and_how_to_log_in(hub):
 def test_an_unknown_name_lists_the_named_sets(hub, name):
     message = _message(name)
     assert message.startswith(f"--dataset_name {name}: not a named set, not a folder, and the Hub has no")
-    assert "named sets: digits, glyphs, cifar10, imagenet-1k" in message
+    assert "named sets: digits, glyphs, fractal, cifar10, imagenet-1k" in message
     assert ("nearest: glyphs" in message) == ("glyph" in name)
 
 
@@ -423,7 +423,7 @@ def test_no_connection_is_one_line(offline):
     assert message.startswith(
         "--dataset_name cifar10: uoft-cs/cifar10 is not in the cache, and the Hub cannot be reached (Couldn't reach"
     )
-    assert message.endswith("digits and glyphs need no network")
+    assert message.endswith("digits, glyphs, fractal need no network")
     message = _message("glyf")
     assert message.startswith("--dataset_name glyf: not a named set, not a folder, and the Hub cannot be reached")
     assert "nearest: glyphs" in message

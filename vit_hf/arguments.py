@@ -45,14 +45,22 @@ class DatasetArguments:
     """Which images: shared by training and evaluation."""
 
     dataset_name: str | None = flag(
-        None, "digits, glyphs, cifar10, imagenet-1k, a Hub id, or a folder (imagefolder or parquet)"
+        None, "digits, glyphs, fractal, cifar10, imagenet-1k, a Hub id, or a folder (imagefolder or parquet)"
     )
-    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
+    dataset_config_name: str | None = flag(
+        None, 'configuration of the Hub dataset, or options of fractal, e.g. "num_classes=1000,image_size=64"'
+    )
     image_column_name: str | None = flag(None, "image column (default: found by its type)")
     label_column_name: str | None = flag(None, "label column (default: found by its type)")
     eval_split: str | None = flag(None, "split to evaluate on (default: test, or validation where test has no labels)")
     max_eval_samples: int | None = flag(None, "evaluate on a seeded draw of so many images, for trials", low=1)
-    dataloader_num_workers: int = flag(0, "worker processes that decode images, for each rank", low=0, same_run=True)
+    streaming: bool = flag(False, "read parquet shards as they are needed, for sets larger than the disk")
+    dataloader_num_workers: str = flag(
+        "auto", "worker processes of each rank that read and decode images that are not kept decoded", same_run=True
+    )
+    data_on_device: Literal["auto", "never"] = flag(
+        "auto", "keep a decoded set in the memory of the GPU where it fits a fifth of it", same_run=True
+    )
     on_bad_image: Literal["raise", "skip"] = flag("raise", "an image that does not decode: stop, or leave it out")
     per_device_eval_batch_size: int = flag(128, "evaluation batch of one process", low=1, same_run=True)
 
@@ -74,8 +82,20 @@ class DataArguments(DatasetArguments):
     image_std: str | None = flag(None, "standard deviation of each channel (default: 0.5, or the model's)")
     random_crop: str = flag("none", "none, padding=4 (pixels) or scale=0.08 (smallest share of the area)")
     random_flip: float = flag(0.0, "probability of a horizontal flip", low=0, high=1)
+    randaugment: str = flag(
+        "none", 'none, or e.g. "num_ops=2,magnitude=9", with ",ops=big_vision" the operations of arXiv 2205.01580'
+    )
+    trivial_augment: bool = flag(False, "TrivialAugment: one operation of random strength")
+    three_augment: bool = flag(False, "3-Augment of DeiT III: grey, solarized or blurred")
+    color_jitter: float = flag(0.0, "brightness, contrast and saturation by a factor of 1 +- this", low=0, high=1)
+    random_erasing: float = flag(0.0, "probability that a box is filled with noise", low=0, high=1)
     mixup_alpha: float = flag(0.0, "mixup strength, 0 is off", low=0)
-    cutmix_alpha: float = flag(0.0, "cutmix strength, 0 is off; with mixup on too, each micro-batch draws one", low=0)
+    cutmix_alpha: float = flag(
+        0.0, "cutmix strength, 0 is off; with mixup on too, each draw takes one of the two", low=0
+    )
+    mixup_mode: Literal["batch", "elem"] = flag("batch", "draw mixup and cutmix for a micro-batch, or for each image")
+    aug_repeats: int = flag(1, "times that each image comes in a row, augmented otherwise each time", low=1)
+    shuffle_buffer_size: int = flag(10000, "images that each process mixes when it streams", low=1)
 
 
 @dataclass
@@ -343,6 +363,14 @@ def check(args: RunArguments) -> None:
     if args.subset_fraction == 0:
         raise ArgumentError("--subset_fraction: 0.0 keeps nothing, allowed is above 0 to 1")
     parse_random_crop(args.random_crop)
+    parse_randaugment(args.randaugment)
+    parse_num_workers(args.dataloader_num_workers)
+    policies = [name for name in ("trivial_augment", "three_augment") if getattr(args, name)]
+    policies += ["randaugment"] if args.randaugment != "none" else []
+    if len(policies) > 1:
+        raise ArgumentError(f"give only one of {' and '.join(f'--{name}' for name in policies)}")
+    if args.streaming and args.aug_repeats > 1:
+        raise ArgumentError(f"--aug_repeats: {args.aug_repeats} does not go with --streaming, allowed is 1")
     parse_image_size(args.image_size)
     for name in ("image_mean", "image_std"):
         parse_channels(name, getattr(args, name))
@@ -368,6 +396,43 @@ def parse_random_crop(text: str) -> tuple[str, float]:
     raise ArgumentError(
         f"--random_crop: {text!r} is not none, padding=PIXELS (1 or more) or scale=SHARE (above 0, to 1)"
     )
+
+
+def parse_randaugment(text: str) -> dict[str, Any] | None:
+    """`num_ops=2,magnitude=9[,ops=big_vision]` -> {num_ops: 2, magnitude: 9.0, ops: ...}; `none` -> None.
+
+    Raises:
+        ArgumentError: any other text, or a number out of range.
+    """
+    if text == "none":
+        return None
+    values: dict[str, Any] = {"num_ops": 2, "magnitude": 9.0, "ops": "torchvision"}
+    highest = {"torchvision": 30, "big_vision": 10}  # what their scales end at
+    try:
+        given = dict(part.strip().split("=") for part in text.split(","))
+        unknown = set(given) - set(values)
+        values |= {name: type(values[name])(value) for name, value in given.items() if name not in unknown}
+        if not unknown and 1 <= values["num_ops"] <= 8 and 0 <= values["magnitude"] <= highest[values["ops"]]:
+            return values
+    except (ValueError, KeyError):
+        pass
+    raise ArgumentError(
+        f'--randaugment: {text!r} is not none or e.g. "num_ops=2,magnitude=9,ops=torchvision" (num_ops 1 to 8, magnitude '
+        "0 to 30), ops=big_vision (magnitude 0 to 10)"
+    )
+
+
+def parse_num_workers(text: str) -> int | None:
+    """`auto` -> None, a number of processes otherwise.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) > 512:
+        raise ArgumentError(f"--dataloader_num_workers: {text!r} is not auto or a number from 0 to 512")
+    return int(text)
 
 
 def parse_image_size(text: str | None) -> int | list[int] | None:

@@ -138,7 +138,7 @@ def evaluate(argv: list[str]) -> None:
     from vit_hf.data.subset import SubsetRule
     from vit_hf.hub.export import write_json
     from vit_hf.models.presets import load_pretrained
-    from vit_hf.parts import count_bad, main_process_first, make_evaluate, model_errors, start
+    from vit_hf.parts import DataReport, main_process_first, make_evaluate, model_errors, start
 
     accelerator = start(args)
     with model_errors(args):
@@ -158,6 +158,7 @@ def evaluate(argv: list[str]) -> None:
         max_eval_samples=args.max_eval_samples,
         seed=trained_seed(args) if args.seed is None else args.seed,
         need_train=False,
+        streaming=args.streaming,
     )
     known = list(model.config.id2label.values())
     splits = main_process_first(accelerator, load)
@@ -167,12 +168,12 @@ def evaluate(argv: list[str]) -> None:
     class_index = match_classes(splits.class_names, known)
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
-    bad: dict[int, str] = {}
+    report = DataReport(accelerator, args.on_bad_image)
     model.to(accelerator.device).eval()
-    run = make_evaluate(args, model, splits.eval, preprocessing, accelerator, bad, class_index)
+    run = make_evaluate(args, model, splits.eval, preprocessing, accelerator, report.eval, class_index)
     with accelerator.autocast():
         results = run()
-    results |= count_bad(args, accelerator, {"eval": bad})
+    results |= report.collect()
     results |= {"model": args.model, "dataset_name": args.dataset_name, "eval_split": splits.eval_split}
     if accelerator.is_main_process:
         default = Path(args.model) if Path(args.model).is_dir() else Path(".")

@@ -6,7 +6,9 @@ runner.py puts them together for training, `vit-hf evaluate` for evaluation.
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import accelerate
@@ -14,11 +16,22 @@ import datasets
 import torch
 import transformers
 
-from vit_hf.arguments import RunArguments, parse_channels, parse_random_crop, trackers
+from vit_hf.arguments import (
+    RunArguments,
+    parse_channels,
+    parse_num_workers,
+    parse_randaugment,
+    parse_random_crop,
+    trackers,
+)
 from vit_hf.data.augment import Augment, normalise
+from vit_hf.data.cache import decoded, worth_decoding
 from vit_hf.data.decode import Preprocessing
-from vit_hf.data.loader import EvalPlaces, ImageBatches, TrainPlaces, device_batches
-from vit_hf.data.sources import HUB_SETS, ImageSplits, load_image_splits
+from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, TrainPlaces
+from vit_hf.data.policies import OP_SETS, color_jitter, rand_augment, three_augment, trivial_augment
+from vit_hf.data.rows import Rows, TableRows
+from vit_hf.data.sources import HUB_SETS, ImageSplits, load_image_splits, named_source
+from vit_hf.data.streams import ParquetRows, StreamPlaces, held_rows
 from vit_hf.data.subset import SubsetRule, parse_subset_classes
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
@@ -27,6 +40,7 @@ from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.ema import EMA
 from vit_hf.training.optimizer import make_optimizer, parameter_groups
 from vit_hf.training.schedule import BatchPlan, Schedule
+from vit_hf.training.tracking import append_event, read_jsonl
 
 T = TypeVar("T")
 
@@ -101,6 +115,7 @@ def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> Imag
             max_train_samples=args.max_train_samples,
             max_eval_samples=args.max_eval_samples,
             seed=args.seed,
+            streaming=args.streaming,
         ),
     )
     for note in splits.notes:
@@ -118,7 +133,7 @@ def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: 
         raise ArgumentError(
             f"--random_crop: padding={amount:g} is not below the image's side of {min(height, width)} pixels"
         )
-    centre_crop = args.dataset_name in ("imagenet-1k", HUB_SETS["imagenet-1k"])
+    centre_crop = named_source(args.dataset_name) == HUB_SETS["imagenet-1k"]
     return Preprocessing(
         image_size=(height, width),
         shortest_edge=round(min(height, width) * 256 / 224) if centre_crop else None,
@@ -152,28 +167,71 @@ def prepare(
     return TrainState(accelerator, model, engine, optimizer, ema)
 
 
+def workers_per_process(args: Any, accelerator: accelerate.Accelerator) -> int:
+    """How many worker processes each process starts where images are decoded as they are needed: what
+    --dataloader_num_workers says, or this process's share of the machine's cores, at most 16."""
+    asked = parse_num_workers(args.dataloader_num_workers)
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return min(16, max(1, cores // on_this_machine))
+
+
+def open_batches(
+    args: Any,
+    split: datasets.Dataset | Rows,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    crop_scale: float | None = None,
+    training: bool = False,
+    class_index: list[int] | None = None,
+) -> ImageBatches:
+    """A split's micro-batches on the host, decoded once where that pays.
+
+    Args:
+        crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
+    """
+    pixels = None
+    if isinstance(split, datasets.Dataset):
+        rows: Rows = TableRows(split, class_index)
+        if worth_decoding(rows, preprocessing, crops=crop_scale is not None):
+            pixels = decoded(rows, preprocessing)
+    else:
+        rows = split
+        if class_index is not None:
+            rows.renumber(class_index)
+    batches = ImageBatches(
+        rows,
+        preprocessing,
+        pixels,
+        seed=getattr(args, "seed", None) or 0,
+        crop_scale=None if pixels is not None else crop_scale,
+        on_bad_image=args.on_bad_image,
+        training=training,
+    )
+    if args.data_on_device == "auto":
+        batches.place_on_device(device)
+    return batches
+
+
 def train_batches(
     args: RunArguments,
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     preprocessing: Preprocessing,
     plan: BatchPlan,
     schedule: Schedule,
     first_step: int,
     accelerator: accelerate.Accelerator,
-    bad: dict[int, str],
+    faults: Faults,
 ) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
     """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
     kind, amount = parse_random_crop(args.random_crop)
-    batches = ImageBatches(
-        split,
-        preprocessing,
-        seed=args.seed,
-        crop_scale=amount if kind == "scale" else None,
-        on_bad_image=args.on_bad_image,
-        training=True,
-    )
-    places = TrainPlaces(
-        num_samples=len(split),
+    crop_scale = amount if kind == "scale" else None
+    batches = open_batches(args, split, preprocessing, accelerator.device, crop_scale=crop_scale, training=True)
+    workers = workers_per_process(args, accelerator)
+    course = dict(
         seed=args.seed,
         first_step=first_step,
         total_steps=schedule.total_steps,
@@ -182,29 +240,51 @@ def train_batches(
         micro_batch_size=plan.micro_batch_size,
         accumulation=plan.accumulation,
     )
-    moved = device_batches(batches, places, accelerator.device, args.dataloader_num_workers, bad)
-    return moved, batches.crops_on_device
+    if isinstance(split, ParquetRows):
+        shards = split.shards()
+        if args.dataloader_num_workers == "auto":
+            workers = max(1, min(workers, len(shards) // accelerator.num_processes))
+        split.held_rows = held_rows(args.shuffle_buffer_size, workers)
+        places = StreamPlaces(shards=shards, num_workers=workers, buffer_size=args.shuffle_buffer_size, **course)
+    else:
+        places = TrainPlaces(num_samples=len(batches), repeats=args.aug_repeats, **course)
+    moved = DeviceBatches(batches, places, accelerator.device, workers, faults)
+    return iter(moved), batches.pixels is not None
 
 
 def make_augment(
     args: RunArguments,
     preprocessing: Preprocessing,
     num_classes: int,
-    accelerator: accelerate.Accelerator,
+    device: torch.device,
     crops_on_device: bool,
 ) -> Augment:
     """The device side of the training transforms."""
     crop = parse_random_crop(args.random_crop)
+    randaugment = parse_randaugment(args.randaugment)
+    policies = []
+    if randaugment is not None:
+        policies.append(functools.partial(rand_augment, **randaugment))
+    if args.trivial_augment:
+        policies.append(trivial_augment)
+    if args.three_augment:
+        policies.append(three_augment)
+    if args.color_jitter > 0:
+        policies.append(functools.partial(color_jitter, strength=args.color_jitter))
     return Augment(
         seed=args.seed,
         num_classes=num_classes,
         mean=preprocessing.image_mean,
         std=preprocessing.image_std,
-        device=accelerator.device,
+        device=device,
         crop=crop if crop[0] != "scale" or crops_on_device else ("none", 0.0),
         flip=args.random_flip,
+        policies=policies,
+        fill=OP_SETS[randaugment["ops"]][2] if randaugment else 0,
+        erasing=args.random_erasing,
         mixup_alpha=args.mixup_alpha,
         cutmix_alpha=args.cutmix_alpha,
+        mixup_mode=args.mixup_mode,
         label_smoothing=args.label_smoothing_factor,
     )
 
@@ -212,37 +292,60 @@ def make_augment(
 def make_evaluate(
     args: Any,
     engine: torch.nn.Module,
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     preprocessing: Preprocessing,
     accelerator: accelerate.Accelerator,
-    bad: dict[int, str],
+    faults: Faults,
     class_index: list[int] | None = None,
 ) -> Callable[[], dict[str, float]]:
-    """A function that evaluates the model as it then is; decoding that can be kept is done once.
+    """A function that evaluates the model as it then is; what can be kept decoded is decoded once.
 
     Args:
         class_index: the model's index of each class of the dataset, where they differ.
     """
-    batches = ImageBatches(split, preprocessing, on_bad_image=args.on_bad_image, class_index=class_index)
+    batches = open_batches(args, split, preprocessing, accelerator.device, class_index=class_index)
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)
+    workers = workers_per_process(args, accelerator)
     places = EvalPlaces(
         num_samples=len(batches),
         num_processes=accelerator.num_processes,
         rank=accelerator.process_index,
         batch_size=args.per_device_eval_batch_size,
+        num_workers=workers,
     )
-
-    def evaluate() -> dict[str, float]:
-        moved = device_batches(batches, places, accelerator.device, args.dataloader_num_workers, bad)
-        return evaluate_model(engine, moved, functools.partial(normalise, mean=mean, std=std), accelerator)
-
-    return evaluate
+    moved = DeviceBatches(batches, places, accelerator.device, workers, faults)
+    return lambda: evaluate_model(engine, moved, functools.partial(normalise, mean=mean, std=std), accelerator)
 
 
-def count_bad(args: Any, accelerator: accelerate.Accelerator, bad: dict[str, dict[int, str]]) -> dict[str, int]:
-    """{"bad_images": distinct rows of both splits that were left out}, over all processes; {} where none may be."""
-    if args.on_bad_image == "raise":
-        return {}
-    rows = [(split, row) for split, found in bad.items() for row in found]
-    return {"bad_images": len(set(accelerate.utils.gather_object(rows)))}
+class DataReport:
+    """What went wrong with the data of a run, of all processes: counted in metrics, named once in events.jsonl.
+
+    Args:
+        output_dir: of the run; None writes no events.
+    """
+
+    def __init__(self, accelerator: accelerate.Accelerator, on_bad_image: str, output_dir: Path | None = None):
+        self.accelerator, self.on_bad_image, self.output_dir = accelerator, on_bad_image, output_dir
+        self.train, self.eval = Faults(), Faults()
+        events = read_jsonl(output_dir / "events.jsonl") if output_dir is not None else []
+        self._known = {(e["split"], e["row"]) for e in events if e["event"] == "bad_image"}
+
+    def collect(self) -> dict[str, int]:
+        """{"bad_images": distinct rows of both splits that were left out so far}; {} where none may be."""
+        retried, self.train.retried, self.eval.retried = self.train.retried + self.eval.retried, [], []
+        for reason in retried if self.output_dir is not None else ():
+            append_event(self.output_dir, "retry", why=reason, rank=self.accelerator.process_index)
+        if self.on_bad_image == "raise":
+            return {}
+        mine = [
+            (split, row, why)
+            for split, faults in (("train", self.train), ("eval", self.eval))
+            for row, why in faults.bad.items()
+        ]
+        for split, row, why in sorted(accelerate.utils.gather_object(mine)):
+            if (split, row) not in self._known:
+                self._known.add((split, row))
+                if self.output_dir is not None and self.accelerator.is_main_process:
+                    append_event(self.output_dir, "bad_image", split=split, row=row, why=why)
+        return {"bad_images": len(self._known)}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import platform
 import sys
@@ -28,7 +27,7 @@ from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
 from vit_hf.hub.push import find_repository, push
 from vit_hf.models.summary import summarise
 from vit_hf.parts import (
-    count_bad,
+    DataReport,
     load_splits,
     make_augment,
     make_evaluate,
@@ -37,6 +36,7 @@ from vit_hf.parts import (
     prepare,
     start,
     train_batches,
+    workers_per_process,
 )
 from vit_hf.training import checkpoint
 from vit_hf.training.accelerator import zero_stage
@@ -119,9 +119,9 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         resume(state, resume_from, manifest, record["exactness"], output_dir)
         start_time -= manifest["wall_time_seconds"]
 
-    bad: dict[str, dict[int, str]] = {"train": {}, "eval": {}}
+    report = DataReport(accelerator, args.on_bad_image, output_dir)
     batches, crops_on_device = train_batches(
-        args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, bad["train"]
+        args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
     train(
         state,
@@ -139,14 +139,14 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             save_steps=args.save_steps,
             save_total_limit=args.save_total_limit,
         ),
-        augment=make_augment(args, preprocessing, len(splits.class_names), accelerator, crops_on_device),
+        augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
         objective=soft_cross_entropy,
-        evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, bad["eval"]),
-        extra_metrics=functools.partial(count_bad, args, accelerator, bad),
+        evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
+        extra_metrics=report.collect,
         mfu_scale=mfu_scale(accelerator, model.config),
         first_step=manifest.get("step", 0),
     )
-    export(args, state, preprocessing, resolved, count_bad(args, accelerator, bad), name, start_time)
+    export(args, state, preprocessing, resolved, report.collect(), name, start_time)
 
 
 def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +220,7 @@ def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: Bat
         "device": accelerator.device.type,
         "torch": torch.__version__,
         "torch_compile": args.torch_compile,
+        "dataloader_num_workers": workers_per_process(args, accelerator) if args.streaming else None,
     }
 
 

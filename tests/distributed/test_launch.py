@@ -215,8 +215,8 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on(tmp_path, workers, numb
     folder = tmp_path / "run"
     flags = {**RUN, "max_steps": 40, "save_steps": 1000, "eval_steps": 1000, "per_device_train_batch_size": 1}
     start = f"import runpy, sys; sys.argv = {['run_pretrain.py', *words({**flags, 'output_dir': folder})]}\n"
-    if workers:  # as for a set that is too large to be kept in memory
-        start += "import vit_hf.data.loader as loader; loader.CACHE_BYTES = 0\n"
+    if workers:  # as for a set that is too large to be kept decoded
+        start += "import vit_hf.data.cache as cache; cache.DECODED_BYTES = 0\n"
         start += f"sys.argv += ['--dataloader_num_workers', '{workers}']\n"
     process = subprocess.Popen(
         [sys.executable, "-c", start + "runpy.run_path('run_pretrain.py', run_name='__main__')"],

@@ -4,6 +4,7 @@ This module must not know about batches, epochs or devices.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,21 +88,42 @@ class Preprocessing:
 
 def open_image(value: dict[str, Any]) -> Image.Image:
     """Opens a row of a `datasets.Image(decode=False)` column, {"bytes", "path"}, as RGB: upright where a camera
-    noted its orientation (as datasets and pipelines do), transparent parts white (as the image processor does).
+    noted its orientation (as datasets and pipelines do), transparent parts white (as the image processor does), 16-bit
+    grey scaled to 8 bits (which the image processor clips).
 
     Raises:
         One of DECODE_ERRORS.
     """
+    with _open(value) as image:
+        return _rgb(_upright(image))
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
     source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
     if source is None:
         raise ValueError("neither bytes nor a path")
-    with Image.open(source) as image:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    return Image.open(source)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG" and "exif" not in image.info:  # nearly all: asking for tags would cost time
+        return image
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        image.load()
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
@@ -120,13 +142,63 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def crop_to_pixels(
-    image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
+    value: dict[str, Any],
+    box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]],
+    preprocessing: Preprocessing,
 ) -> np.ndarray:
-    """Cuts a box (top, left, height, width), in pixels of the original, and resizes it in one call: uint8 (H, W, 3)."""
-    top, left, box_height, box_width = box
+    """Cuts a box of an undecoded row and resizes it in one call: uint8 (H, W, 3).
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the box still has the pixels it needs.
+
+    Args:
+        value: as for `open_image`.
+        box_of: called with (height, width) of the upright image, gives (top, left, height, width), in its pixels.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
     height, width = preprocessing.image_size
-    corners = (left, top, left + box_width, top + box_height)
-    return np.asarray(image.resize((width, height), preprocessing.resample, box=corners))
+    with _open(value) as image:
+        upright = _upright(image)
+        full_width, full_height = upright.size
+        top, left, box_height, box_width = box_of((full_height, full_width))
+        spare = min(box_height / height, box_width / width)
+        if upright is image and image.format == "JPEG" and spare >= 2:
+            image.draft(None, (int(full_width / spare), int(full_height / spare)))
+        rgb = _rgb(upright)
+        x, y = rgb.width / full_width, rgb.height / full_height
+        corners = (left * x, top * y, min((left + box_width) * x, rgb.width), min((top + box_height) * y, rgb.height))
+        return np.asarray(rgb.resize((width, height), preprocessing.resample, box=corners, reducing_gap=2.0))
+
+
+def decode_row(
+    value: Any,
+    preprocessing: Preprocessing,
+    box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]] | None = None,
+) -> np.ndarray | str:
+    """The pixels of a row, uint8 (H, W, 3), or why there are none.
+
+    Args:
+        value: an undecoded row, or pixels, uint8 (H, W, 3), of a set that is rendered and not stored.
+        box_of: as for `crop_to_pixels`; None takes the whole image.
+    """
+    try:
+        if box_of is None:
+            return to_pixels(open_image(value), preprocessing)
+        return crop_to_pixels(value, box_of, preprocessing)
+    except DECODE_ERRORS as error:
+        name = f"file {value['path']}, " if value.get("path") else ""
+        return f"{name}{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def image_size(value: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels as the file's header says, before any turning; reads no pixels.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
+    with _open(value) as image:
+        return image.height, image.width
 
 
 def processor_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:

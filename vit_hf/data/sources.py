@@ -6,41 +6,54 @@ Must not know: models, training, pixels (decode.py reads the images), processes.
 
 import dataclasses
 import difflib
+import functools
+import json
 import os
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from vit_hf.data.columns import (
+    NO_LABEL,
+    checked_labels,
+    column_values,
+    encode_labels,
+    find_columns,
+    has_labels,
+    renumbered,
+)
 from vit_hf.data.digits import load_digits_splits
+from vit_hf.data.fractals import FractalRows, load_fractal_splits, num_images, parse_options
+from vit_hf.data.fractals import class_names as fractal_class_names
 from vit_hf.data.glyphs import load_glyphs_splits
-from vit_hf.data.subset import SubsetRule, apply_rule, draw_samples, hold_out, resolve_classes
+from vit_hf.data.rows import Rows
+from vit_hf.data.streams import ParquetRows, head, keep_fraction, parquet_splits
+from vit_hf.data.subset import SubsetRule, apply_rule, draw_samples, hold_out, resolve_classes, subset_hash
 from vit_hf.errors import UserError
 
-GENERATED_SETS = {"digits": load_digits_splits, "glyphs": load_glyphs_splits}
+GENERATED_SETS = ("digits", "glyphs", "fractal")
 HUB_SETS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}
 NAMED_SETS = [*GENERATED_SETS, *HUB_SETS]
 
-IMAGE_NAMES = ("image", "img", "images", "picture", "pixels")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category")
 EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
 HELD_OUT_FRACTION = 0.1
-NO_LABEL = -1  # what `datasets` stores where a test split keeps its labels back
 
 
 @dataclasses.dataclass
 class ImageSplits:
-    """A loaded set: columns `image` (Image(decode=False): dicts of `bytes` and `path`) and `label` (ClassLabel).
+    """A loaded set: columns `image` (Image(decode=False): dicts of `bytes` and `path`) and `label` (ClassLabel); or
+    rows to be read as they are needed.
 
     `train_split` and `eval_split` name the source's splits, or say how a split was made. `subset` is {} or holds
     `rule`, `subset_hash` (over the rows of the source split) and `train_samples` (rows kept by the rule, before any
     trial draw). `notes` are sentences that the run should say.
     """
 
-    train: datasets.Dataset | None
-    eval: datasets.Dataset | None
+    train: datasets.Dataset | Rows | None
+    eval: datasets.Dataset | Rows
     class_names: list[str]
     train_split: str | None
     eval_split: str | None
@@ -72,14 +85,15 @@ def load_image_splits(
     max_eval_samples: int | None = None,
     seed: int = 0,
     need_train: bool = True,
+    streaming: bool = False,
     cache_dir: str | None = None,
 ) -> ImageSplits:
     """Load a set's training and evaluation split, every process the same rows.
 
     Args:
-        dataset_name: digits, glyphs, cifar10, imagenet-1k, an existing folder (imagefolder, parquet or
+        dataset_name: digits, glyphs, fractal, cifar10, imagenet-1k, an existing folder (imagefolder, parquet or
             `save_to_disk`), or a Hub id; a named set goes before a folder of that name (write `./digits` for it).
-        dataset_config_name, revision: configuration and version of a Hub set.
+        dataset_config_name, revision: configuration and version of a Hub set; the options of `fractal`.
         image_column_name, label_column_name: columns, where their types do not decide.
         train_split: default `train`.
         eval_split: default `test`, or `validation` where test is absent or has no labels, or else a stratified tenth
@@ -88,21 +102,26 @@ def load_image_splits(
         max_train_samples, max_eval_samples: trial draws after the subset filter.
         seed: of the held-out tenth and the draws.
         need_train: False leaves `train` and `subset` empty; the evaluation split is the same either way.
+        streaming: read parquet shards, or compute fractals, as they are needed, instead of storing them first.
         cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
 
     Raises:
         UserError: no such set, configuration, split, column or class; no access or no connection; labels out of
             range; no training or evaluation samples; a subset that empties a class which is evaluated.
     """
+    if streaming:
+        options = (dataset_config_name, revision, image_column_name, label_column_name, train_split, eval_split)
+        draws = (max_train_samples, max_eval_samples, seed)
+        return _load_streamed(dataset_name, *options, subset, *draws, need_train, cache_dir)
     source = _load_source(dataset_name, dataset_config_name, revision, cache_dir)
     notes: list[str] = []
     train_name = _train_split_name(source, train_split, needed=need_train)
     columns = {}  # the training split's first: a mistyped column must not look like a split without labels
     if train_name is not None:
-        columns[train_name] = _columns(source[train_name], train_name, image_column_name, label_column_name)
+        columns[train_name] = find_columns(source[train_name], train_name, image_column_name, label_column_name)
     eval_name = _eval_split_name(source, eval_split, train_name, label_column_name, notes)
     if eval_name is not None:
-        columns[eval_name] = _columns(source[eval_name], eval_name, image_column_name, label_column_name)
+        columns[eval_name] = find_columns(source[eval_name], eval_name, image_column_name, label_column_name)
     splits, class_names = _read_splits({name: source[name] for name in columns}, columns)
     train, evaluation = splits.get(train_name), splits.get(eval_name)
     if (need_train or evaluation is None) and len(train.rows) == 0:
@@ -134,6 +153,83 @@ def load_image_splits(
     )
 
 
+def _load_streamed(
+    name, config_name, revision, image_column, label_column, train_split, eval_split,
+    subset, max_train_samples, max_eval_samples, seed, need_train, cache_dir,
+) -> ImageSplits:  # fmt: skip
+    """As `load_image_splits`, with rows that are read when they are needed."""
+    if subset.per_class is not None or subset.classes is not None:
+        raise UserError(
+            "--streaming: --subset_per_class and --subset_classes would have to read all labels first; allowed is "
+            "--subset_fraction, or a copy by `vit-hf data prepare`"
+        )
+    notes: list[str] = []
+    if name == "fractal":
+        options = parse_options(config_name)
+        class_names = fractal_class_names(options)
+        heads = {
+            split: range(num_images(options, split)) for split in ("train", "test")
+        }  # their lengths are asked for
+        train_name = _train_split_name(heads, train_split, needed=need_train)
+        eval_name = eval_split or "test"
+        if eval_name not in heads:
+            raise UserError(f"--eval_split {eval_name}: no such split; splits: {_listed(heads)}")
+        open_split = functools.partial(FractalRows, options)
+    else:
+        shards, features = _find_shards(name, config_name, revision, cache_dir)
+        heads = {split: head(files, features) for split, files in shards.items()}
+        train_name = _train_split_name(heads, train_split, needed=need_train)
+        eval_name = _eval_split_name(heads, eval_split, train_name, label_column, notes)
+        if eval_name is None:
+            raise UserError("--streaming: no part of a stream is held out; name a split to evaluate by --eval_split")
+        columns = {
+            split: find_columns(heads[split], split, image_column, label_column)
+            for split in (train_name, eval_name)
+            if split
+        }
+        kinds = {split: heads[split].features[label] for split, (_, label) in columns.items()}
+        if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
+            raise UserError(
+                "--streaming: the label column names no classes, which would be known only when all of it was read; "
+                "`vit-hf data prepare` writes a copy that names them"
+            )
+        class_names = list(next(iter(kinds.values())).names)
+
+        def open_split(split: str) -> ParquetRows:
+            rows = ParquetRows(shards[split], *columns[split], kinds[split].names)
+            rows.renumber(renumbered(kinds[split].names, class_names, split))
+            return rows
+
+    train, record = None, {}
+    if need_train:
+        train = open_split(train_name)
+        if not subset.is_empty:
+            kept = keep_fraction(len(train), subset.fraction, subset.seed)
+            record = {"rule": subset.describe(), "subset_hash": subset_hash(kept), "train_samples": len(kept)}
+            train.keep(kept)
+        train.keep(draw_samples(len(train), max_train_samples, seed))
+        if len(train) == 0:
+            raise UserError(f"--train_split {train_name}: zero training samples; splits: {_listed(heads)}")
+    evaluation = open_split(eval_name)
+    evaluation.keep(draw_samples(len(evaluation), max_eval_samples, seed))
+    train_name = train_name if need_train else None
+    return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
+
+
+def _find_shards(
+    name: str, config_name: str | None, revision: str | None, cache_dir: str | None
+) -> tuple[dict[str, list[str]], datasets.Features | None]:
+    """Split name -> its parquet shards, and the columns where the set's card names them."""
+    if name in GENERATED_SETS:
+        raise UserError(f"--streaming: {name} is generated on this machine and small; leave the flag out")
+    path, is_folder = _resolve(name)
+    try:
+        builder = datasets.load_dataset_builder(path, config_name, revision=revision, cache_dir=cache_dir)
+    except Exception as error:
+        raise _explained(error, name, path, is_folder) from error
+    return parquet_splits(name, builder), builder.info.features
+
+
 def _listed(source: dict) -> str:
     return ", ".join(f"{name} ({len(split)} rows)" for name, split in source.items())
 
@@ -141,14 +237,13 @@ def _listed(source: dict) -> str:
 def _load_source(name: str, config_name: str | None, revision: str | None, cache_dir: str | None) -> dict:
     """Return split name -> Dataset; every failure of `datasets` becomes one line."""
     if name in GENERATED_SETS:
-        if config_name or revision:
-            given = f"--dataset_config_name {config_name}" if config_name else f"revision {revision}"
+        if revision or (config_name and name != "fractal"):
+            given = f"revision {revision}" if revision else f"--dataset_config_name {config_name}"
             raise UserError(f"--dataset_name {name}: is generated on this machine and takes no {given}; leave it out")
-        return GENERATED_SETS[name](cache_dir=cache_dir)
-    path = HUB_SETS.get(name, os.path.expanduser(name))
-    is_folder = name not in HUB_SETS and os.path.isdir(path)
-    if not is_folder and name.startswith(("/", ".", "~")):
-        raise UserError(f"--dataset_name {name}: no such folder")
+        if name == "fractal":
+            return load_fractal_splits(parse_options(config_name), cache_dir=cache_dir)
+        return {"digits": load_digits_splits, "glyphs": load_glyphs_splits}[name](cache_dir=cache_dir)
+    path, is_folder = _resolve(name)
     try:
         if is_folder and {"dataset_dict.json", "state.json"} & set(os.listdir(path)):  # save_to_disk made it
             loaded = datasets.load_from_disk(path)
@@ -157,6 +252,24 @@ def _load_source(name: str, config_name: str | None, revision: str | None, cache
     except Exception as error:  # `datasets` lets through the exceptions of every library below it
         raise _explained(error, name, path, is_folder) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _resolve(name: str) -> tuple[str, bool]:
+    """The Hub id or the folder that a set's name stands for, and whether it is a folder."""
+    path = HUB_SETS.get(name, os.path.expanduser(name))
+    is_folder = name not in HUB_SETS and os.path.isdir(path)
+    if not is_folder and name.startswith(("/", ".", "~")):
+        raise UserError(f"--dataset_name {name}: no such folder")
+    return path, is_folder
+
+
+def named_source(name: str) -> str:
+    """The Hub id of a set, also of one that was copied by `vit-hf data prepare`; any other name as it is."""
+    try:
+        name = json.loads((Path(name) / "prepare.json").read_text())["source"]["dataset_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return HUB_SETS.get(name, name)
 
 
 def _explained(error: Exception, name: str, path: str, is_folder: bool) -> UserError:
@@ -191,7 +304,7 @@ def _explained(error: Exception, name: str, path: str, is_folder: bool) -> UserE
         hub = f"the Hub cannot be reached ({cause})" if unreachable else "the Hub has no such set for this login"
         near = difflib.get_close_matches(name, NAMED_SETS, n=2, cutoff=0.5)
         nearest = f"; nearest: {' or '.join(near)}" if near and name not in NAMED_SETS else ""
-        offline = f"; {' and '.join(GENERATED_SETS)} need no network" if unreachable else ""
+        offline = f"; {', '.join(GENERATED_SETS)} need no network" if unreachable else ""
         return UserError(f"{flag}: {where}, and {hub}; named sets: {', '.join(NAMED_SETS)}{nearest}{offline}")
     return UserError(f"{flag}: cannot be loaded: {cause}")
 
@@ -224,12 +337,12 @@ def _eval_split_name(
     if asked is not None:
         if asked not in source:
             raise UserError(f"--eval_split {asked}: no such split; splits: {_listed(source)}")
-        if not _has_labels(source[asked], label_column):
+        if not has_labels(source[asked], label_column):
             where = f" in its column {label_column}" if label_column else ""
             raise UserError(f"--eval_split {asked}: has no labels{where}; splits: {_listed(source)}")
         return asked
     candidates = [name for name in EVAL_SPLITS if name in source and name != train_name]
-    labelled = [name for name in candidates if _has_labels(source[name], label_column)]
+    labelled = [name for name in candidates if has_labels(source[name], label_column)]
     if not labelled and train_name is None:
         raise UserError(f"no split to evaluate on: name one by --eval_split; splits: {_listed(source)}")
     if candidates and candidates[:1] != labelled[:1]:
@@ -237,62 +350,9 @@ def _eval_split_name(
     return labelled[0] if labelled else None
 
 
-def _has_labels(dataset: datasets.Dataset, label_column: str | None) -> bool:
-    """Whether any row has a label; an empty split counts as labelled, so that it is reported as empty."""
-    names = [label_column] if label_column else _label_columns(dataset)
-    names = [name for name in names if name in dataset.column_names]
-    if not names:
-        return False
-    values = _column(dataset, names[0])
-    if len(values) == values.null_count:
-        return len(values) == 0
-    return not pa.types.is_integer(values.type) or pc.max(values).as_py() > NO_LABEL
-
-
-def _columns(dataset: datasets.Dataset, split: str, image: str | None, label: str | None) -> tuple[str, str]:
-    """Find the image and the label column of a split, or check the ones named by flag."""
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    images = images or [name for name in IMAGE_NAMES if name in dataset.features and _holds_bytes(dataset, name)]
-    found = []
-    for kind, asked, candidates in (("image", image, images), ("label", label, _label_columns(dataset))):
-        flag = f"--{kind}_column_name"
-        listed = f"columns of the {split} split: {', '.join(dataset.column_names)}"
-        if asked is not None and asked not in dataset.column_names:
-            raise UserError(f"{flag} {asked}: no such column; {listed}")
-        if asked is not None:
-            found.append(asked)
-        elif kind in candidates or len(candidates) == 1:
-            found.append(kind if kind in candidates else candidates[0])
-        elif candidates:
-            raise UserError(f"{flag}: choose one of {', '.join(candidates)}; {listed}")
-        else:
-            hint = ", or put every image in a folder of its class" if kind == "label" else ""
-            raise UserError(f"no {kind} column found: name it by {flag}{hint}; {listed}")
-    if found[0] not in images and not _holds_bytes(dataset, found[0]):
-        raise UserError(f"--image_column_name {found[0]}: holds no images; columns with images: {', '.join(images)}")
-    return found[0], found[1]
-
-
-def _holds_bytes(dataset: datasets.Dataset, name: str) -> bool:
-    """Whether a column without the Image type can become one: encoded bytes, or the struct of bytes and path."""
-    kind = dataset.data.schema.field(name).type
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _label_columns(dataset: datasets.Dataset) -> list[str]:
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return typed or [name for name in LABEL_NAMES if name in dataset.column_names][:1]
-
-
-def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    return dataset.select_columns([name]).with_format("arrow")[:][name]
-
-
 def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[str]]:
     """Return each split with labels as int64 0..K-1, all splits numbered alike, and the K class names."""
-    values = {name: _column(source[name], label) for name, (_, label) in columns.items()}
+    values = {name: column_values(source[name], label) for name, (_, label) in columns.items()}
     for name, column in values.items():
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
@@ -301,12 +361,12 @@ def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[s
     typed = [isinstance(feature, datasets.ClassLabel) for feature in features.values()]
     if all(typed):
         class_names = list(next(iter(features.values())).names)
-        labels = {name: _checked_labels(values[name], features[name], class_names, name) for name in source}
+        labels = {name: checked_labels(values[name], features[name], class_names, name) for name in source}
     elif any(typed):
         shown = ", ".join(f"{name}: {columns[name][1]} {type(feature).__name__}" for name, feature in features.items())
         raise UserError(f"the splits' label columns differ in type ({shown}): choose others by --label_column_name")
     else:
-        labels, class_names = _encode_labels(values, columns)
+        labels, class_names = encode_labels(values, columns)
     splits = {}
     for name, (image, _) in columns.items():
         images = source[name].select_columns([image])
@@ -314,50 +374,6 @@ def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[s
         images = images.cast_column("image", datasets.Image(decode=False))
         splits[name] = _Split(name, images, labels[name], np.arange(len(labels[name])))
     return splits, class_names
-
-
-def _checked_labels(
-    values: pa.ChunkedArray, feature: datasets.ClassLabel, class_names: list[str], split: str
-) -> np.ndarray:
-    """Check a ClassLabel column's range, and renumber it where this split lists the same classes in another order."""
-    labels = values.to_numpy().astype(np.int64)
-    outside = np.flatnonzero((labels < 0) | (labels >= len(feature.names)))
-    if len(outside):
-        row, count = outside[0], len(outside)
-        raise UserError(
-            f"{split} split, row {row}: label {labels[row]} is outside 0..{len(feature.names) - 1} ({count} such "
-            "rows): correct the labels, or choose another --label_column_name"
-        )
-    if feature.names == class_names:
-        return labels
-    if sorted(feature.names) != sorted(class_names):
-        different = sorted(set(feature.names) ^ set(class_names))
-        raise UserError(
-            f"{split} split: its classes are not those of the training split; in one of them only: "
-            f"{', '.join(different[:10])}; choose another --eval_split"
-        )
-    return np.array([class_names.index(name) for name in feature.names])[labels]
-
-
-def _encode_labels(values: dict, columns: dict) -> tuple[dict, list[str]]:
-    """Number plain integer (by value) or text labels (alphabetically), over all splits together."""
-    distinct = set()
-    for name, column in values.items():
-        kind = column.type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(
-                f"--label_column_name {columns[name][1]}: holds {kind}; allowed are class labels, integers or text"
-            )
-        distinct.update(column.unique().to_pylist())
-    if len({type(value) for value in distinct}) > 1:
-        raise UserError("the splits' label columns differ in type (integers, text): choose another --eval_split")
-    order = sorted(distinct)
-    index_of = pa.array(order)
-    labels = {
-        name: pc.index_in(column.cast(index_of.type), index_of).to_numpy().astype(np.int64)
-        for name, column in values.items()
-    }
-    return labels, [str(value) for value in order]
 
 
 def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Split]:

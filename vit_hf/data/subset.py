@@ -16,6 +16,7 @@ from fractions import Fraction
 import datasets
 import numpy as np
 
+from vit_hf.data.rows import source_state
 from vit_hf.errors import UserError
 
 DIGEST_BYTES = 32  # sha256
@@ -218,10 +219,7 @@ def image_digests(dataset: datasets.Dataset, rows: np.ndarray, cache_dir: str | 
     images = dataset.select_columns(["image"])
     if len(rows) != len(images):
         images = images.select(rows)
-    # Fingerprints of some sources outlive a change of their files, so the files' own state is part of the key.
-    files = [file["filename"] for file in dataset.cache_files]
-    state = [images._fingerprint, *(f"{name} {os.path.getsize(name)} {os.stat(name).st_mtime_ns}" for name in files)]
-    key = hashlib.sha256("\n".join(state).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\n".join(source_state(images)).encode()).hexdigest()[:32]
     folder = os.path.join(str(cache_dir or datasets.config.HF_DATASETS_CACHE), "vit_hf_image_digests")
     os.makedirs(folder, exist_ok=True)
     digests = images.with_format("arrow").map(

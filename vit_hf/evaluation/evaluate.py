@@ -24,7 +24,8 @@ def predict(
     """Runs the model over its share of the batches and gathers what the metrics need, in the order of the dataset.
 
     Args:
-        batches: equally many on each process; pixel_values uint8 (B, C, H, W), labels, index int64 (B,), valid bool (B,).
+        batches: equally many on each process; pixel_values uint8 (B, C, H, W), labels, index int64 (B,), valid bool (B,);
+            the index may be on the host.
         normalise: uint8 (B, C, H, W) -> float.
 
     Returns:
@@ -39,7 +40,8 @@ def predict(
         for name in ("labels", "index", "valid"):
             columns[name].append(batch[name])
     # one collective a column, after the last batch: no host sync between batches
-    gathered = {name: accelerator.gather(torch.cat(parts)).cpu().numpy() for name, parts in columns.items()}
+    joined = {name: torch.cat(parts).to(accelerator.device) for name, parts in columns.items()}
+    gathered = {name: accelerator.gather(column).cpu().numpy() for name, column in joined.items()}
     counted = np.flatnonzero(gathered["valid"])
     counted = counted[np.argsort(gathered["index"][counted], kind="stable")]
     return {name: gathered[name][counted] for name in ("top5", "log_likelihood", "labels")}

@@ -1,0 +1,486 @@
+"""A smaller copy of a set: what it holds, that it loads like any other set, and that no interruption shows in it."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pyarrow.parquet
+import pytest
+import yaml
+from PIL import Image
+
+from tests.runs import ROOT
+from vit_hf.data import prepare as module
+from vit_hf.data.decode import open_image
+from vit_hf.data.prepare import prepare
+from vit_hf.data.sources import load_image_splits, named_source
+from vit_hf.data.subset import SubsetRule
+from vit_hf.errors import UserError
+
+SIDE = 32
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Something smooth, as photographs are, in which no two places are alike."""
+    levels = np.random.RandomState(width * height).randint(0, 256, (3, 4, 4)).astype(np.uint8)
+    channels = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
+    bands = [Image.fromarray(levels[..., band]).resize((width, height), 3) for band in range(channels)]
+    return Image.merge(mode, bands)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", orientation: int | None = None, **options) -> bytes:
+    buffer = io.BytesIO()
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = orientation
+    image.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
+    return buffer.getvalue()
+
+
+LARGE = {  # names in the order of an imagefolder
+    "0 twice.jpg": encoded(picture(101, 67), comment=b"from somewhere else"),
+    "1 many times.jpg": encoded(picture(521, 390)),
+    "2 upright.jpg": encoded(picture(67, 101)),
+    "3 lying.jpg": encoded(picture(100, 70), orientation=6),
+    "4 lying, many times.jpg": encoded(picture(500, 391), orientation=8),
+    "5 transparent.png": encoded(picture(90, 60, "RGBA"), "PNG"),
+    "6 grey.jpg": encoded(picture(80, 50, "L")),
+    "7 CMYK.jpg": encoded(picture(301, 200, "CMYK")),
+    "8 long.png": encoded(picture(33, 300), "PNG"),
+}
+SMALL = {
+    "0 smaller.png": encoded(picture(20, 15, "RGBA"), "PNG"),
+    "1 of the size.jpg": encoded(picture(90, SIDE)),
+    "2 lying.jpg": encoded(picture(30, 20), orientation=6),
+}
+
+
+def image_folder(folder: Path, **splits: dict[str, dict[str, bytes]]) -> str:
+    """{split: {class: {file name: bytes}}}"""
+    for split, classes in splits.items():
+        for name, files in classes.items():
+            (folder / split / name).mkdir(parents=True)
+            for file, data in files.items():
+                (folder / split / name / file).write_bytes(data)
+    return str(folder)
+
+
+def many(count: int, first: int = 0) -> dict[str, bytes]:
+    return {f"{number:03d}.jpg": encoded(picture(60 + number, 50)) for number in range(first, first + count)}
+
+
+def plain_folder(folder: Path, train: int, test: int, more: dict[str, bytes] | None = None) -> str:
+    """Training images 000.jpg, 001.jpg, ... in this order, all but the last of class a; `more` come before or between
+    them."""
+    classes = {"a": {**many(train - 1), **(more or {})}, "b": many(1, train - 1)}
+    return image_folder(folder, train=classes, test={"b": many(test)})
+
+
+def copy(folder: str, output_dir: Path, *, loading=None, source=None, **settings) -> dict:
+    splits = load_image_splits(folder, **(loading or {}))
+    settings = {"shorter_side": SIDE, "rows_per_shard": 4, "num_processes": 1, **settings}
+    return prepare(splits, output_dir, source={"dataset_name": folder, **(source or {})}, **settings)
+
+
+def refusal(*args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        copy(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(folder: Path, split: str) -> list[dict]:
+    return list(load_image_splits(str(folder)).__dict__["train" if split == "train" else "eval"])
+
+
+# ---- what the copy holds ----
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A folder with every kind of image, and its copy."""
+    folder = tmp_path_factory.mktemp("mixed")
+    source = image_folder(
+        folder / "pets", train={"cat, tabby": LARGE, "dog": SMALL}, validation={"cat, tabby": many(1), "dog": many(2)}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        result = copy(source, folder / "copy", rows_per_shard=7, num_processes=2)
+    return folder / "copy", result, folder
+
+
+def test_the_copy_loads_as_any_other_set(mixed, tmp_path):
+    folder, result, _ = mixed
+    plain = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert list(plain) == ["train", "validation"]
+    assert plain["train"].features == {
+        "image": datasets.Image(), "label": datasets.ClassLabel(names=["cat, tabby", "dog"])
+    }  # fmt: skip
+    assert plain["train"]["label"][:] == [0] * 9 + [1] * 3 and plain["validation"]["label"][:] == [0, 1, 1]
+    assert plain["train"][0]["image"].size == (48, 32)
+    loaded = load_image_splits(str(folder))
+    assert (loaded.class_names, loaded.eval_split, loaded.notes) == (["cat, tabby", "dog"], "validation", [])
+    assert [row["image"]["path"] for row in loaded.train] == [*LARGE, *SMALL]
+    sizes = {split: sum(file.stat().st_size for file in folder.glob(f"data/{split}-*")) for split in result}
+    assert result == {
+        "train": {"rows": 12, "shards": 2, "bytes": sizes["train"], "skipped": 0},
+        "validation": {"rows": 3, "shards": 1, "bytes": sizes["validation"], "skipped": 0},
+    }
+
+
+def test_large_images_are_resized_and_small_ones_keep_their_bytes(mixed):
+    rows = {row["image"]["path"]: row["image"]["bytes"] for row in rows_of(mixed[0], "train")}
+    assert {name: rows[name] for name in SMALL} == SMALL
+    for name, original in LARGE.items():
+        before, after = open_image({"bytes": original, "path": None}), open_image({"bytes": rows[name], "path": None})
+        file = Image.open(io.BytesIO(rows[name]))
+        assert (file.format, file.mode, min(file.size)) == ("JPEG", "RGB", SIDE), name
+        assert not file.getexif() and "comment" not in file.info, name
+        longer = int(SIDE * max(before.size) / min(before.size))
+        assert after.size == ((SIDE, longer) if before.width <= before.height else (longer, SIDE)), name
+        plain = np.asarray(before.resize(after.size, Image.Resampling.BICUBIC), dtype=float)
+        assert np.abs(np.asarray(after) - plain).mean() < 3, name  # another image of the set: above 40
+
+
+def test_a_reduced_decode_is_close_to_the_plain_resize(tmp_path):
+    """Apart from the JPEG that is written: on an image with detail down to the pixel."""
+    rng = np.random.RandomState(0)
+    detail = Image.fromarray(rng.randint(0, 256, (500, 701, 3)).astype(np.uint8))
+    image = Image.blend(picture(701, 500), detail, 0.3)
+    for data in (encoded(image), encoded(image, orientation=6)):
+        upright = open_image({"bytes": data, "path": None})
+        size = (56, 40) if upright.width > upright.height else (40, 56)
+        difference = np.asarray(upright.resize(size, Image.Resampling.BICUBIC), float) - module._shrunk(data, 40)
+        assert np.abs(difference).mean() < 1 and np.abs(difference).max() < 8
+
+
+def test_files_carry_features_and_short_row_groups(tmp_path):
+    label = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    images = [{"bytes": SMALL["0 smaller.png"], "path": None}] * 250
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 125}, features=features)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(tmp_path / "set")
+    copy(str(tmp_path / "set"), tmp_path / "copy", rows_per_shard=240)
+    names = sorted(path.name for path in (tmp_path / "copy/data").iterdir())
+    assert names == [
+        f"{name}.parquet" for name in ("test-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002")
+    ]
+    footer = pyarrow.parquet.read_metadata(tmp_path / "copy/data" / names[1])
+    assert [footer.row_group(number).num_rows for number in range(footer.num_row_groups)] == [100, 100, 40]
+    schema = pyarrow.parquet.read_schema(tmp_path / "copy/data" / names[0])
+    assert datasets.Features.from_arrow_schema(schema) == features
+    assert rows_of(tmp_path / "copy", "test")[1] == {"image": images[0], "label": 1}
+
+
+def test_card_and_checksums_and_no_path_of_this_machine(mixed):
+    folder, _, parent = mixed
+    front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert front["configs"][0]["data_files"][1] == {"split": "validation", "path": "data/validation-*"}
+    text = (folder / "README.md").read_text()
+    for fact in ("the folder `pets`", "at most 32 pixels", "quality 90", "2 classes", "| 12 |", "All rows"):
+        assert fact in text
+    done = subprocess.run(["sha256sum", "-c", "checksums.sha256"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == 3
+    assert not [name for name, data in files_of(folder).items() if str(parent).encode() in data]
+    assert named_source(str(folder)) == "./pets" and not list(folder.rglob("*.tmp"))
+
+
+def test_a_subset_and_a_held_out_tenth_are_copied_as_they_were_chosen(tmp_path):
+    folder = image_folder(tmp_path / "set", train={"a": many(20), "b": many(10, 20)})
+    loading = {"subset": SubsetRule(fraction=0.5, seed=3), "seed": 7}
+    chosen = load_image_splits(folder, **loading)
+    result = copy(folder, tmp_path / "copy", loading=loading, source={"revision": "v2"})
+    assert (result["train"]["rows"], result["test"]["rows"]) == (14, 3)  # half of 27, and a tenth
+    for split, rows in (("train", chosen.train), ("test", chosen.eval)):
+        names = [(os.path.basename(row["image"]["path"]), row["label"]) for row in rows]
+        assert [(row["image"]["path"], row["label"]) for row in rows_of(tmp_path / "copy", split)] == names
+    content = json.loads((tmp_path / "copy/prepare.json").read_text())
+    assert content["source"] == {"dataset_name": "./set", "revision": "v2", "subset": chosen.subset}
+    assert content["splits"]["test"]["source"] == "train (10% held out, seed 7)"
+    card = (tmp_path / "copy/README.md").read_text()
+    assert chosen.subset["subset_hash"] in card and "- revision: `v2`\n" in card
+    assert "source.subset.rule.fraction 0.5 then, None now" in refusal(folder, tmp_path / "copy", loading={"seed": 7})
+
+
+def test_splits_of_other_names_become_train_and_test(tmp_path):
+    loaded = load_image_splits(plain_folder(tmp_path / "set", 3, 1))
+    datasets.DatasetDict({"big": loaded.train, "little": loaded.eval}).save_to_disk(tmp_path / "saved")
+    names = {"train_split": "big", "eval_split": "little"}
+    result = copy(str(tmp_path / "saved"), tmp_path / "copy", loading=names)
+    assert {split: total["rows"] for split, total in result.items()} == {"train": 3, "test": 1}
+    loaded = load_image_splits(str(tmp_path / "copy"))
+    assert (len(loaded.train), len(loaded.eval), loaded.notes) == (3, 1, [])
+
+
+# ---- interruptions ----
+
+INTERRUPTED = """
+import os, sys
+from pathlib import Path
+from vit_hf.data.prepare import prepare
+from vit_hf.data.sources import load_image_splits
+
+folder, first, output_dir, cache = sys.argv[1:]
+splits = load_image_splits(folder, cache_dir=cache)
+os.rename(first, first + ".kept")
+os.mkfifo(first)  # whoever reads it waits until somebody writes
+prepare(splits, Path(output_dir), source={"dataset_name": folder}, shorter_side=32, rows_per_shard=4, num_processes=2)
+"""
+
+
+def until(condition, seconds: float = 60):
+    """Waits until a condition holds, and returns what it gave."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return value
+
+
+def writer_of(fifo: str) -> int | None:
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:  # nobody reads it yet, or it is not there yet
+        assert error.errno in (errno.ENXIO, errno.ENOENT)
+        return None
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_an_interrupted_copy_goes_on_and_shows_no_trace(tmp_path, number):
+    """The first shard is in the middle, for as long as it takes, while others get finished."""
+    folder = plain_folder(tmp_path / "set", 15, 5)
+    first, output_dir = str(tmp_path / "set/train/a/000.jpg"), tmp_path / "copy"
+    command = [sys.executable, "-c", INTERRUPTED, folder, first, output_dir, tmp_path / "cache"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    until(lambda: Path(first + ".kept").exists())
+    fifo = until(lambda: writer_of(first) if Path(first).is_fifo() else None)
+    until(lambda: len(list(output_dir.glob("data/*.parquet"))) == 5)
+    assert not (output_dir / "data/train-00000-of-00004.parquet").exists()
+    children = psutil.Process(job.pid).children()
+    assert len(children) >= 2 and len(list((output_dir / "data").glob(".*.tmp"))) == 1
+    if number == signal.SIGINT:  # as from a terminal: to the whole group; then the read ends
+        os.killpg(job.pid, number)
+        os.write(fifo, Path(first + ".kept").read_bytes())
+        os.close(fifo)
+    else:
+        os.kill(job.pid, number)
+    assert job.wait(timeout=60) != 0
+    until(lambda: all(is_gone(child) for child in children))
+    if number == signal.SIGKILL:
+        os.close(fifo)
+    assert len(list((output_dir / "data").glob(".*.tmp"))) == (number == signal.SIGKILL)
+
+    os.replace(first + ".kept", first)
+    finished = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output_dir.glob("data/*.parquet")}
+    result = copy(folder, output_dir)
+    assert finished == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in finished}
+    assert result == copy(folder, tmp_path / "whole")
+    assert files_of(output_dir) == files_of(tmp_path / "whole")
+
+
+def test_a_finished_copy_is_left_alone(tmp_path, capsys, monkeypatch):
+    folder = plain_folder(tmp_path / "set", 5, 1)
+    result = copy(folder, tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")}
+    monkeypatch.setattr(module.PIL, "__version__", "99.0")  # nothing will be written, so it does not matter
+    assert copy(folder, tmp_path / "copy") == result
+    assert capsys.readouterr().out == f"{tmp_path / 'copy'} holds this copy, finished: nothing to do\n"
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")}
+    (tmp_path / "copy/data/test-00000-of-00001.parquet").unlink()
+    assert "(versions.pillow " in refusal(folder, tmp_path / "copy")
+
+
+def test_a_file_that_is_not_the_whole_of_its_rows_is_made_again(tmp_path):
+    folder = plain_folder(tmp_path / "set", 5, 1)
+    copy(folder, tmp_path / "copy")
+    whole = files_of(tmp_path / "copy")
+    four_rows, one_row = sorted((tmp_path / "copy/data").glob("train-*"))
+    for damage in (lambda: os.truncate(four_rows, 1000), lambda: four_rows.write_bytes(one_row.read_bytes())):
+        damage()
+        copy(folder, tmp_path / "copy")
+        assert files_of(tmp_path / "copy") == whole
+
+
+def test_other_settings_and_foreign_folders_are_refused(tmp_path):
+    folder = plain_folder(tmp_path / "set", 5, 1)
+    copy(folder, tmp_path / "copy")
+    before = files_of(tmp_path / "copy")
+    message = refusal(folder, tmp_path / "copy", shorter_side=24, jpeg_quality=80, source={"revision": "b"})
+    assert message == (
+        f"--output_dir {tmp_path / 'copy'}: holds another copy (source.revision None then, b now; shorter_side 32 then, "
+        "24 now; jpeg_quality 90 then, 80 now); choose another folder, or give the same flags to go on"
+    )
+    other = image_folder(tmp_path / "other", train={"a": many(4), "c": many(1)}, test={"b": many(1)})
+    message = refusal(other, tmp_path / "copy")
+    assert "./set then, ./other now" in message and "classes.number 2 then, 3 now" in message
+    assert files_of(tmp_path / "copy") == before
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    assert "holds notes.txt and no prepare.json" in refusal(folder, tmp_path / "full")
+    (tmp_path / "parquet/data").mkdir(parents=True)
+    (tmp_path / "parquet/data/train.parquet").write_text("mine")
+    assert "holds data and no prepare.json" in refusal(folder, tmp_path / "parquet")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/prepare.json").write_text("{")
+    assert "its prepare.json cannot be read" in refusal(folder, tmp_path / "broken")
+    assert "is a file" in refusal(folder, tmp_path / "full/notes.txt")
+    assert refusal(folder, tmp_path / "new", shorter_side=0) == "--shorter_side 0: must be at least 1 pixel"
+    assert refusal(folder, tmp_path / "new", jpeg_quality=0) == "--jpeg_quality 0: must be in 1..100"
+    assert not (tmp_path / "new").exists()
+
+
+# ---- bad images ----
+
+BAD = {"001 text.jpg": b"this is no image", "007 cut off.jpg": LARGE["0 twice.jpg"][:900],
+       "008 small, cut off.png": SMALL["0 smaller.png"][:-60]}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_bad_image_stops_the_work_and_is_named(tmp_path, num_processes):
+    folder = plain_folder(tmp_path / "set", 10, 2, BAD)
+    message = refusal(folder, tmp_path / "copy", num_processes=num_processes, rows_per_shard=20)
+    path = tmp_path / "set/train/a/001 text.jpg"
+    assert message == (
+        f"train split, row 1, file {path}: the image cannot be copied: UnidentifiedImageError: cannot identify image "
+        "file; repair it, or leave such rows out with --on_bad_image skip"
+    )
+    left = set(files_of(tmp_path / "copy"))
+    assert "prepare.json" in left and left <= {"prepare.json", "data/test-00000-of-00001.parquet"}
+
+
+def test_a_bad_image_stops_the_other_processes_too(tmp_path, monkeypatch):
+    """The one in the middle of the first shard, where the second shard has the bad image."""
+    folder, first = plain_folder(tmp_path / "set", 8, 1), tmp_path / "set/train/a/000.jpg"
+    (tmp_path / "set/train/a/005.jpg").write_bytes(b"this is no image")
+    splits, data = load_image_splits(folder), first.read_bytes()
+    first.unlink()
+    os.mkfifo(first)
+    shutdown = ProcessPoolExecutor.shutdown
+
+    def let_the_first_shard_go_on(*args, **kwargs):
+        if first.is_fifo():
+            first.write_bytes(data)
+            first.unlink()
+        shutdown(*args, **kwargs)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "shutdown", let_the_first_shard_go_on)
+    with pytest.raises(UserError, match="train split, row 5"):
+        prepare(splits, tmp_path / "copy", source={"dataset_name": folder}, rows_per_shard=4, num_processes=2)
+    assert set(files_of(tmp_path / "copy")) <= {"prepare.json", "data/test-00000-of-00001.parquet"}
+
+
+def test_bad_images_are_left_out_and_listed_once(tmp_path, capsys):
+    folder = plain_folder(tmp_path / "set", 10, 2, BAD)
+    names = [os.path.basename(row["image"]["path"]) for row in load_image_splits(folder).train]
+    refusal(folder, tmp_path / "copy")
+    result = copy(folder, tmp_path / "copy", on_bad_image="skip")  # a choice that may change on the way
+    assert (result["train"]["rows"], result["train"]["skipped"], result["test"]["skipped"]) == (10, 3, 0)
+    assert [row["image"]["path"] for row in rows_of(tmp_path / "copy", "train")] == [n for n in names if n not in BAD]
+    listed = [json.loads(line) for line in (tmp_path / "copy/bad_images.jsonl").read_text().splitlines()]
+    assert [(bad["split"], bad["row"], bad["file"]) for bad in listed] == [("train", names.index(n), n) for n in BAD]
+    assert listed[0]["reason"] == "UnidentifiedImageError: cannot identify image file"
+    assert all(len(bad["reason"]) > 10 for bad in listed) and "bad_images.jsonl" in capsys.readouterr().err
+    whole = files_of(tmp_path / "copy")
+    for name in ("checksums.sha256", "bad_images.jsonl", "data/train-00003-of-00004.parquet"):
+        (tmp_path / "copy" / name).unlink()
+    assert copy(folder, tmp_path / "copy", on_bad_image="skip", num_processes=2) == result
+    assert files_of(tmp_path / "copy") == whole
+
+
+def test_a_file_that_went_away_is_named_without_its_folder_in_the_copy(tmp_path):
+    folder = plain_folder(tmp_path / "set", 3, 1)
+    splits = load_image_splits(folder)
+    (tmp_path / "set/train/a/001.jpg").unlink()
+    prepare(splits, tmp_path / "copy", source={"dataset_name": folder}, on_bad_image="skip", num_processes=1)
+    assert json.loads((tmp_path / "copy/bad_images.jsonl").read_text()) == {
+        "split": "train", "row": 1, "file": "001.jpg", "reason": "FileNotFoundError: No such file or directory"
+    }  # fmt: skip
+
+
+def test_shards_and_splits_without_a_good_image(tmp_path):
+    bad = {f"0 bad {number}.jpg": b"no image" for number in range(4)}  # the whole first shard
+    folder = plain_folder(tmp_path / "set", 2, 1, bad)
+    copy(folder, tmp_path / "copy", on_bad_image="skip")
+    assert [row["image"]["path"] for row in rows_of(tmp_path / "copy", "train")] == list(many(2))
+    folder = image_folder(tmp_path / "none", train={"a": many(2), "b": many(1)}, test={"b": bad})
+    message = refusal(folder, tmp_path / "empty", on_bad_image="skip")
+    assert message == "test split: none of its 4 images decodes; look at --dataset_name"
+    assert not (tmp_path / "empty/checksums.sha256").exists()
+
+
+# ---- the machine ----
+
+
+class FullDisk(io.FileIO):
+    """A file of which 3,000 bytes fit."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 3000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(tmp_path, monkeypatch):
+    folder = plain_folder(tmp_path / "set", 10, 1)
+
+    def open_on_full_disk(path, mode):
+        return FullDisk(path, "w") if path.name.startswith(".train-00001") else open(path, mode)
+
+    monkeypatch.setattr(module, "open", open_on_full_disk, raising=False)
+    message = refusal(folder, tmp_path / "copy")
+    assert message.startswith(f"--output_dir {tmp_path / 'copy'}: the disk is full (")
+    assert " MB free, about 0.0 MB more needed); make room, and the same command goes on after the 1" in message
+    assert set(files_of(tmp_path / "copy")) == {"prepare.json", "data/train-00000-of-00003.parquet"}
+    monkeypatch.undo()
+    assert copy(folder, tmp_path / "copy")["train"]["rows"] == 10
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    folder = plain_folder(tmp_path / "set", 10, 1)
+
+    def kill_one():
+        def workers():
+            return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+        until(workers)[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    message = refusal(folder, tmp_path / "copy", num_processes=2)
+    killer.join()
+    assert message.startswith("a worker process was killed") and not list((tmp_path / "copy").rglob("*.tmp"))
+
+
+def test_digests_in_the_checksums_are_those_of_the_files(mixed):
+    for line in (mixed[0] / "checksums.sha256").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((mixed[0] / name).read_bytes()).hexdigest() == digest
