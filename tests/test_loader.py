@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.runs import python
-from vit_hf.data import rows
+from vit_hf.data import rows as reading
 from vit_hf.data.augment import REPLACEMENT
 from vit_hf.data.cache import decoded
 from vit_hf.data.decode import Preprocessing, open_image, to_pixels
@@ -225,11 +225,11 @@ def test_default_generator_is_left_alone(workers, batches_of):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_can_be_gone_through_again_and_left_in_the_middle(workers, batches_of):
+@pytest.mark.parametrize("workers, ahead", [(0, 0), (0, 2), (2, 0), (2, 2)])
+def test_batches_can_be_gone_through_again_and_left_in_the_middle(workers, ahead, batches_of):
     """As evaluation does, each time from the start; and no thread is left behind."""
     places = EvalPlaces(num_samples=30, num_processes=1, rank=0, batch_size=4)
-    loader = DeviceBatches(batches_of(image_set(30)), places, CPU, workers, Faults())
+    loader = DeviceBatches(batches_of(image_set(30)), places, CPU, workers, Faults(), ahead)
     whole = [batch["index"].tolist() for batch in loader]
     threads = threading.active_count()
     for batch in loader:
@@ -273,6 +273,21 @@ def is_running(process: int) -> bool:
 # --- images that do not decode ---
 
 BAD = {4: b"no image", 7: png(7)[:200]}
+
+
+def test_what_is_worked_on_ahead_is_the_same_and_fails_the_same(batches_of):
+    """The thread of a GPU's loader, here without a GPU."""
+    places = train_places(total_steps=3)
+    plain = moved(batches_of(image_set(30)), places)
+    ahead = list(DeviceBatches(batches_of(image_set(30)), places, CPU, 0, Faults(), ahead=2))
+    for one, other in zip(plain, ahead, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    broken = batches_of(image_set(30))
+    broken.rows.read = None  # not a user's mistake
+    for batches, error in ((batches_of(image_set(30, BAD)), UserError), (broken, TypeError)):
+        with pytest.raises(error):
+            list(DeviceBatches(batches, places, CPU, 0, Faults(), ahead=2))
+    assert threading.active_count() < 4
 
 
 @pytest.mark.parametrize("once", [True, False])
@@ -355,19 +370,19 @@ def test_a_file_that_is_gone_is_a_bad_image_and_named(batches_of):
 
 def test_a_read_that_fails_is_tried_again_with_back_off(monkeypatch, batches_of, tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
-    rows_ = image_set(4).to_list()
-    rows_[1]["image"] = {"bytes": None, "path": str(tmp_path / "a.png")}
-    dataset = datasets.Dataset.from_list(rows_, features=image_set(1).features)
+    rows = image_set(4).to_list()
+    rows[1]["image"] = {"bytes": None, "path": str(tmp_path / "a.png")}
+    dataset = datasets.Dataset.from_list(rows, features=image_set(1).features)
     waits, failures = [], [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
-    read = rows._file
+    read = reading._file
 
     def stumbling(path):
         if failures:
             raise failures.pop(0)
         return read(path)
 
-    monkeypatch.setattr(rows, "_file", stumbling)
-    monkeypatch.setattr(rows.time, "sleep", waits.append)
+    monkeypatch.setattr(reading, "_file", stumbling)
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
     faults = Faults()
     (batch,) = moved(batches_of(dataset), train_places(num_samples=4, total_steps=1), faults=faults)
     assert batch["valid"].all() and waits == [0.5, 2.0]

@@ -42,7 +42,7 @@ class ModelArguments:
 
 @dataclass
 class DatasetArguments:
-    """Which images: shared by training and evaluation."""
+    """Which images."""
 
     dataset_name: str | None = flag(
         None, "digits, glyphs, fractal, cifar10, imagenet-1k, a Hub id, or a folder (imagefolder or parquet)"
@@ -54,6 +54,13 @@ class DatasetArguments:
     label_column_name: str | None = flag(None, "label column (default: found by its type)")
     eval_split: str | None = flag(None, "split to evaluate on (default: test, or validation where test has no labels)")
     max_eval_samples: int | None = flag(None, "evaluate on a seeded draw of so many images, for trials", low=1)
+    on_bad_image: Literal["raise", "skip"] = flag("raise", "an image that does not decode: stop, or leave it out")
+
+
+@dataclass
+class LoadingArguments:
+    """How images come to the device: shared by training and evaluation."""
+
     streaming: bool = flag(False, "read parquet shards as they are needed, for sets larger than the disk")
     dataloader_num_workers: str = flag(
         "auto", "worker processes of each rank that read and decode images that are not kept decoded", same_run=True
@@ -61,13 +68,13 @@ class DatasetArguments:
     data_on_device: Literal["auto", "never"] = flag(
         "auto", "keep a decoded set in the memory of the GPU where it fits a fifth of it", same_run=True
     )
-    on_bad_image: Literal["raise", "skip"] = flag("raise", "an image that does not decode: stop, or leave it out")
+    shuffle_buffer_size: int = flag(10000, "training images that each process mixes when it streams", low=1)
     per_device_eval_batch_size: int = flag(128, "evaluation batch of one process", low=1, same_run=True)
 
 
 @dataclass
-class DataArguments(DatasetArguments):
-    """What it learns from, and what is done to each image on the device."""
+class SubsetArguments:
+    """Which training images."""
 
     train_split: str | None = flag(None, "split to train on (default: train)")
     max_train_samples: int | None = flag(None, "train on a seeded draw of so many images, for trials", low=1)
@@ -75,6 +82,13 @@ class DataArguments(DatasetArguments):
     subset_per_class: int | None = flag(None, "keep exactly so many training images of each class", low=1)
     subset_classes: str | None = flag(None, "keep these classes: names or indices by comma, or a file, one a line")
     subset_seed: int = flag(0, "which images the subset filter keeps", low=0, high=2**32 - 1)
+
+
+@dataclass
+class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
+    """What is done to each image."""
+
+    shuffle_buffer_size: int = flag(10000, "images that each process mixes when it streams", low=1)
     image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
     image_mean: str | None = flag(
         None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"
@@ -95,7 +109,6 @@ class DataArguments(DatasetArguments):
     )
     mixup_mode: Literal["batch", "elem"] = flag("batch", "draw mixup and cutmix for a micro-batch, or for each image")
     aug_repeats: int = flag(1, "times that each image comes in a row, augmented otherwise each time", low=1)
-    shuffle_buffer_size: int = flag(10000, "images that each process mixes when it streams", low=1)
 
 
 @dataclass
@@ -156,7 +169,7 @@ class RunArguments(ModelArguments, DataArguments, TrainArguments, HubArguments):
 
 
 @dataclass
-class EvaluateArguments(DatasetArguments):
+class EvaluateArguments(DatasetArguments, LoadingArguments):
     """Flags of `vit-hf evaluate`; the model is positional."""
 
     model: str = flag("", "Hub id or folder of a model")
@@ -167,6 +180,25 @@ class EvaluateArguments(DatasetArguments):
         None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
     )
     ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1)
+
+
+@dataclass
+class PrepareArguments(DatasetArguments, SubsetArguments):
+    """Flags of `vit-hf data prepare`."""
+
+    revision: str | None = flag(None, "branch, tag or commit of the Hub dataset")
+    output_dir: str | None = flag(None, "folder of the copy, to be used as --dataset_name")
+    shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
+    jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
+    num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
+    seed: int = flag(0, "which images are held out of a set without an evaluation split, and the draws", low=0)
+
+
+@dataclass
+class ShowArguments(RunArguments):
+    """Flags of `vit-hf data show`: those of a run, and the picture."""
+
+    output_file: str = flag("contact_sheet.png", "the picture")
 
 
 # A flag of one of these groups on the command line puts the file's choice from the same group out of force.
@@ -351,7 +383,7 @@ def check(args: RunArguments) -> None:
         raise ArgumentError(f"give one of --num_train_epochs and --max_steps: {found}")
     if args.num_train_epochs is not None and args.num_train_epochs <= 0:
         raise ArgumentError(f"--num_train_epochs: {args.num_train_epochs} is out of range, allowed is more than 0")
-    for first, second in ALTERNATIVES[2:]:
+    for first, second in ALTERNATIVES[2:3]:
         if getattr(args, first) is not None and getattr(args, second) is not None:
             raise ArgumentError(f"give only one of --{first} and --{second}")
     for needed in ("dataset_name", "output_dir"):
@@ -360,21 +392,33 @@ def check(args: RunArguments) -> None:
     for name in ("ema_decay", "adam_beta1", "adam_beta2"):
         if getattr(args, name) == 1:
             raise ArgumentError(f"--{name}: 1.0 would never move the average, allowed is 0 to below 1")
+    if args.streaming and args.aug_repeats > 1:
+        raise ArgumentError(f"--aug_repeats: {args.aug_repeats} does not go with --streaming, allowed is 1")
+    parse_num_workers(args.dataloader_num_workers)
+    check_subset(args)
+    check_augmentation(args)
+    trackers(args.report_to)
+
+
+def check_subset(args: SubsetArguments) -> None:
+    """Raises ArgumentError for a subset flag that cannot be right."""
     if args.subset_fraction == 0:
         raise ArgumentError("--subset_fraction: 0.0 keeps nothing, allowed is above 0 to 1")
+    if args.subset_fraction is not None and args.subset_per_class is not None:
+        raise ArgumentError("give only one of --subset_fraction and --subset_per_class")
+
+
+def check_augmentation(args: DataArguments) -> None:
+    """Raises ArgumentError for flags of the transforms that cannot be right, or exclude each other."""
     parse_random_crop(args.random_crop)
     parse_randaugment(args.randaugment)
-    parse_num_workers(args.dataloader_num_workers)
     policies = [name for name in ("trivial_augment", "three_augment") if getattr(args, name)]
     policies += ["randaugment"] if args.randaugment != "none" else []
     if len(policies) > 1:
         raise ArgumentError(f"give only one of {' and '.join(f'--{name}' for name in policies)}")
-    if args.streaming and args.aug_repeats > 1:
-        raise ArgumentError(f"--aug_repeats: {args.aug_repeats} does not go with --streaming, allowed is 1")
     parse_image_size(args.image_size)
     for name in ("image_mean", "image_std"):
         parse_channels(name, getattr(args, name))
-    trackers(args.report_to)
 
 
 def parse_random_crop(text: str) -> tuple[str, float]:

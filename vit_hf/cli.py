@@ -8,7 +8,17 @@ from typing import Any
 
 import yaml
 
-from vit_hf.arguments import EvaluateArguments, Parser, parse
+from vit_hf.arguments import (
+    EvaluateArguments,
+    Parser,
+    PrepareArguments,
+    ShowArguments,
+    check_augmentation,
+    check_subset,
+    parse,
+    parse_image_size,
+    parse_num_workers,
+)
 from vit_hf.errors import ArgumentError, UserError, exit_with, nearest
 
 USAGE = """usage: vit-hf COMMAND ...
@@ -17,6 +27,8 @@ commands:
   models [NAME]                        the presets: size, operations and memory of each; the shapes inside one
   convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
+  data prepare --dataset_name NAME --output_dir DIR   a copy of a set with smaller images, as parquet shards
+  data show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
   report RUN [RUN ...]                 finished runs side by side: a table and a PNG of their curves
 
 vit-hf COMMAND --help says more."""
@@ -29,7 +41,7 @@ def main() -> None:
 
 def dispatch(argv: list[str]) -> None:
     """Runs one command. Raises ArgumentError for one that does not exist."""
-    commands = {"models": models, "convert": convert, "evaluate": evaluate, "report": report}
+    commands = {"models": models, "convert": convert, "evaluate": evaluate, "data": data, "report": report}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -133,6 +145,7 @@ def evaluate(argv: list[str]) -> None:
     args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=evaluate.__doc__, positional="model")
     if args.dataset_name is None:
         raise ArgumentError("--dataset_name is missing")
+    parse_num_workers(args.dataloader_num_workers)
     from vit_hf.data.decode import Preprocessing, processor_config
     from vit_hf.data.sources import load_image_splits
     from vit_hf.data.subset import SubsetRule
@@ -211,6 +224,92 @@ def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int]
         f"the model has {len(model_names)} classes ({', '.join(model_names[:3])}, ...), the dataset "
         f"{len(dataset_names)} others ({', '.join(dataset_names[:3])}, ...); choose another --dataset_name, or fine-tune"
     )
+
+
+def data(argv: list[str]) -> None:
+    """Copies a set with smaller images, or shows what training makes of one."""
+    commands = {"prepare": prepare_data, "show": show_data}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("\n".join(line for line in USAGE.splitlines() if line.startswith("  data ")))
+        return
+    if argv[0] not in commands:
+        raise ArgumentError(f"unknown command 'data {argv[0]}', {nearest(argv[0], commands)}")
+    commands[argv[0]](argv[1:])
+
+
+def prepare_data(argv: list[str]) -> None:
+    """Writes a copy of a set whose images have at most --shorter_side pixels on their shorter side; started again after
+    an interruption it makes only what is missing."""
+    args = parse(PrepareArguments, argv, prog="vit-hf data prepare", description=prepare_data.__doc__)
+    for needed in ("dataset_name", "output_dir"):
+        if not getattr(args, needed):
+            raise ArgumentError(f"--{needed} is missing")
+    check_subset(args)
+    from vit_hf.data.prepare import prepare
+    from vit_hf.parts import splits_loader
+
+    splits = splits_loader(args)(revision=args.revision)
+    for note in splits.notes:
+        print(f"note: {note}")
+    decides = ("dataset_name", "dataset_config_name", "revision", "max_train_samples", "max_eval_samples", "seed")
+    written = prepare(
+        splits,
+        Path(args.output_dir),
+        source={name: getattr(args, name) for name in decides},
+        shorter_side=args.shorter_side,
+        jpeg_quality=args.jpeg_quality,
+        num_processes=args.num_proc,
+        on_bad_image=args.on_bad_image,
+    )
+    for split, counts in written.items():
+        left_out = f", {counts['skipped']} left out" if counts["skipped"] else ""
+        print(
+            f"{split}: {counts['rows']} images in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB{left_out}"
+        )
+    print(f"use it by --dataset_name {args.output_dir}")
+
+
+def show_data(argv: list[str]) -> None:
+    """Draws a contact sheet: images of a set beside what the transforms of a recipe make of them, with labels."""
+    args = parse(ShowArguments, argv, prog="vit-hf data show", description=show_data.__doc__)
+    if args.dataset_name is None:
+        raise ArgumentError("--dataset_name is missing")
+    check_subset(args)
+    check_augmentation(args)
+    import numpy as np
+
+    from vit_hf.analysis.figures import contact_sheet
+    from vit_hf.parts import model_errors, show_augmentation, splits_loader
+
+    with model_errors(args):
+        size = parse_image_size(args.image_size) or model_image_size(args)
+    splits = splits_loader(args)(streaming=args.streaming)
+    originals, augmented, labels, targets = show_augmentation(args, splits, size)
+
+    def named(target: np.ndarray) -> str:
+        parts = [(target[k], splits.class_names[k]) for k in np.argsort(-target)[:2] if target[k] > 0.005]
+        return parts[0][1] if len(parts) == 1 else " + ".join(f"{share:.2f} {name}" for share, name in parts)
+
+    texts = [[named(target) for target in row] for row in targets]
+    figure = contact_sheet(originals, augmented, [splits.class_names[label] for label in labels], texts)
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output_file, dpi=120)
+    print(args.output_file)
+
+
+def model_image_size(args: ShowArguments) -> Any:
+    """The input of the model that the flags name, in pixels; 224 where they name none."""
+    if args.preset is not None:
+        from vit_hf.models.presets import preset_config
+
+        return preset_config(args.preset).image_size
+    if args.model_name_or_path is not None:
+        import transformers
+
+        import vit_hf.models  # noqa: F401  (its classes register themselves)
+
+        return transformers.AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision).image_size
+    return 224
 
 
 def report(argv: list[str]) -> None:

@@ -4,15 +4,18 @@ runner.py puts them together for training, `vit-hf evaluate` for evaluation.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import accelerate
 import datasets
+import numpy as np
 import torch
 import transformers
 
@@ -27,7 +30,8 @@ from vit_hf.arguments import (
 from vit_hf.data.augment import Augment, normalise
 from vit_hf.data.cache import decoded, worth_decoding
 from vit_hf.data.decode import Preprocessing
-from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, TrainPlaces
+from vit_hf.data.keys import epoch_order
+from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, Places, TrainPlaces
 from vit_hf.data.policies import OP_SETS, color_jitter, rand_augment, three_augment, trivial_augment
 from vit_hf.data.rows import Rows, TableRows
 from vit_hf.data.sources import HUB_SETS, ImageSplits, load_image_splits, named_source
@@ -93,31 +97,23 @@ def main_process_first(accelerator: accelerate.Accelerator, function: Callable[[
     return result if accelerator.is_main_process else function()
 
 
-def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
-    """The two splits, on every process; the main process downloads or generates first."""
+def splits_loader(args: Any) -> Callable[..., ImageSplits]:
+    """`load_image_splits` with the flags of a set and its subset."""
     subset = SubsetRule(
         fraction=args.subset_fraction,
         per_class=args.subset_per_class,
         classes=parse_subset_classes(args.subset_classes) if args.subset_classes else None,
         seed=args.subset_seed,
     )
-    splits = main_process_first(
-        accelerator,
-        functools.partial(
-            load_image_splits,
-            args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            image_column_name=args.image_column_name,
-            label_column_name=args.label_column_name,
-            train_split=args.train_split,
-            eval_split=args.eval_split,
-            subset=subset,
-            max_train_samples=args.max_train_samples,
-            max_eval_samples=args.max_eval_samples,
-            seed=args.seed,
-            streaming=args.streaming,
-        ),
-    )
+    names = ("dataset_config_name", "image_column_name", "label_column_name", "train_split", "eval_split")
+    names += ("max_train_samples", "max_eval_samples", "seed")
+    flags = {name: getattr(args, name) for name in names}
+    return functools.partial(load_image_splits, args.dataset_name, subset=subset, **flags)
+
+
+def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
+    """The two splits, on every process; the main process downloads or generates first."""
+    splits = main_process_first(accelerator, functools.partial(splits_loader(args), streaming=args.streaming))
     for note in splits.notes:
         accelerator.print(f"note: {note}")
     return splits
@@ -316,6 +312,45 @@ def make_evaluate(
     )
     moved = DeviceBatches(batches, places, accelerator.device, workers, faults)
     return lambda: evaluate_model(engine, moved, functools.partial(normalise, mean=mean, std=std), accelerator)
+
+
+def show_augmentation(args: Any, splits: ImageSplits, size: Any, images: int = 8, visits: int = 5) -> tuple:
+    """Some training images, and what becomes of them in the first epochs.
+
+    Returns:
+        originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
+    """
+    config = types.SimpleNamespace(image_size=size)
+    preprocessing = make_preprocessing(args, config, [0.0] * 3, [1.0] * 3)
+    preprocessing = dataclasses.replace(preprocessing, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    kind, amount = parse_random_crop(args.random_crop)
+    device = torch.device("cpu")
+    make = functools.partial(open_batches, args, splits.train, preprocessing, device, training=True)
+    batches, plain = make(crop_scale=amount if kind == "scale" else None), make()
+    augment = make_augment(args, preprocessing, len(splits.class_names), device, batches.pixels is not None)
+    index = epoch_order(args.seed, 0, len(batches))[:images]
+
+    def take(source: ImageBatches, visit: int) -> dict[str, torch.Tensor]:
+        places = Places(np.full_like(index, visit), index, np.ones(len(index), dtype=bool))
+        batch = source[places]
+        if batch["error"] is not None:
+            raise UserError(batch["error"])
+        return batch
+
+    first = take(plain, 0)
+    augmented, targets = [], []
+    for visit in range(visits):
+        batch = take(batches, visit)
+        batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
+        pixel_values, target = augment(batch, step=visit, micro_step=0, rank=0)
+        augmented.append((pixel_values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+        targets.append(target)
+    return (
+        first["pixel_values"].numpy(),
+        torch.stack(augmented, dim=1).numpy(),
+        first["labels"].tolist(),
+        torch.stack(targets, dim=1).numpy(),
+    )
 
 
 class DataReport:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 
@@ -23,4 +24,24 @@ def learning_curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     accuracy_axes.grid(alpha=0.3)
     loss_axes.grid(alpha=0.3)
     accuracy_axes.legend(loc="lower right")
+    return figure
+
+
+def contact_sheet(
+    originals: np.ndarray, augmented: np.ndarray, labels: list[str], mixed_labels: list[list[str]]
+) -> Figure:
+    """Each image of a set beside what becomes of it in training, one row an image.
+
+    Args:
+        originals: uint8 (N, H, W, 3). augmented: uint8 (N, M, H, W, 3).
+        labels: of the originals. mixed_labels: N lists of M texts, under the augmented ones.
+    """
+    rows, columns = augmented.shape[:2]
+    figure = Figure(figsize=(1.5 * (columns + 1), 1.75 * rows), layout="constrained")
+    for row, line in enumerate(figure.subplots(rows, columns + 1, squeeze=False)):
+        pictures = [originals[row], *augmented[row]]
+        for axes, picture, text in zip(line, pictures, [labels[row], *mixed_labels[row]], strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(text, fontsize=7, fontweight="bold" if axes is line[0] else "normal")
     return figure

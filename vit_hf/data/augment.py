@@ -120,7 +120,7 @@ def random_erasing(pixels: Tensor, keys: np.ndarray, probability: float) -> Tens
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Grey levels 0 to 255 (B, C, H, W) -> float (x / 255 - mean) / std; mean and std (C,)."""
-    return (pixels * (1 / (255 * std))[:, None, None]).sub_((mean / std)[:, None, None])
+    return pixels.contiguous().float().mul_((1 / (255 * std))[:, None, None]).sub_((mean / std)[:, None, None])
 
 
 def mix(
@@ -208,7 +208,7 @@ class Augment:
         pixel_values float (B, C, H, W), targets float (B, K)."""
         keys = sample_keys(self.seed, batch["visit"].numpy(), batch["index"].numpy())
         pixels = self.change(batch["pixel_values"].permute(0, 2, 3, 1), keys)
-        pixel_values = normalise(pixels.permute(0, 3, 1, 2), self.mean, self.std).contiguous()
+        pixel_values = normalise(pixels.permute(0, 3, 1, 2), self.mean, self.std)
         targets = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
         if self.label_smoothing > 0:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes

@@ -146,7 +146,8 @@ def crop_to_pixels(
     box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]],
     preprocessing: Preprocessing,
 ) -> np.ndarray:
-    """Cuts a box of an undecoded row and resizes it in one call: uint8 (H, W, 3).
+    """Cuts a box of an undecoded row, to whole pixels, and resizes it with torch's antialiased filter, which does what
+    Pillow's does in less than half the time: uint8 (H, W, 3).
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where the box still has the pixels it needs.
 
@@ -167,8 +168,15 @@ def crop_to_pixels(
             image.draft(None, (int(full_width / spare), int(full_height / spare)))
         rgb = _rgb(upright)
         x, y = rgb.width / full_width, rgb.height / full_height
-        corners = (left * x, top * y, min((left + box_width) * x, rgb.width), min((top + box_height) * y, rgb.height))
-        return np.asarray(rgb.resize((width, height), preprocessing.resample, box=corners, reducing_gap=2.0))
+        left, right = round(left * x), round((left + box_width) * x)
+        top, bottom = round(top * y), round((top + box_height) * y)
+        cut = np.asarray(rgb)[top : max(bottom, top + 1), left : max(right, left + 1)]
+    import torch  # not at the top: processes that only decode whole images start without it
+
+    kind = {Image.Resampling.BILINEAR: "bilinear"}.get(preprocessing.resample, "bicubic")
+    channels_first = torch.from_numpy(cut.copy() if not cut.flags.writeable else cut).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(channels_first, (height, width), mode=kind, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def decode_row(

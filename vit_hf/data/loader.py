@@ -257,20 +257,30 @@ def _in_worker(worker: int) -> None:
 
 class DeviceBatches:
     """The micro-batches at `places`, on the device: pixel_values uint8 (B, C, H, W), labels int64, valid bool (B,); visit
-    and index stay on the host. Each `iter` starts at the first place; a thread keeps AHEAD of them on the device,
-    copied while it computes.
+    and index stay on the host. Each `iter` starts at the first place.
 
     Args:
         num_workers: processes that read and decode; none where the set is decoded.
         faults: gets what went wrong.
+        ahead: micro-batches that a thread keeps waiting on the device, copied while it computes. Default: AHEAD, but
+            none on a CPU, where there is no copy to hide and a thread would only take turns with the training.
 
     Raises:
         UserError: when a batch is taken: a row that does not decode, where bad images are not skipped, or cannot be
             read.
     """
 
-    def __init__(self, batches: ImageBatches, places: Any, device: torch.device, num_workers: int, faults: Faults):
+    def __init__(
+        self,
+        batches: ImageBatches,
+        places: Any,
+        device: torch.device,
+        num_workers: int,
+        faults: Faults,
+        ahead: int | None = None,
+    ):
         self.batches, self.device, self.faults = batches, device, faults
+        self.ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
         workers = 0 if batches.pixels is not None else num_workers
         self.loader = torch.utils.data.DataLoader(
             batches,
@@ -285,7 +295,18 @@ class DeviceBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         host = iter(self.loader)  # workers are started by this thread: they end with the one that started them
-        ready: queue.Queue = queue.Queue(AHEAD)
+        for batch, copied in self._prefetched(host) if self.ahead else map(self._move, host):
+            self._report(batch)
+            if copied is not None:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(copied)
+                for name in ("pixel_values", "labels", "valid"):
+                    batch[name].record_stream(stream)
+            yield batch
+
+    def _prefetched(self, host: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        """What `_move` gives for each batch of the host, worked on ahead by a thread."""
+        ready: queue.Queue = queue.Queue(self.ahead)
         stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(host, ready, stop), daemon=True)
         thread.start()
@@ -293,14 +314,7 @@ class DeviceBatches:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                batch, copied = item
-                self._report(batch)
-                if copied is not None:
-                    stream = torch.cuda.current_stream(self.device)
-                    stream.wait_event(copied)
-                    for name in ("pixel_values", "labels", "valid"):
-                        batch[name].record_stream(stream)
-                yield batch
+                yield item
         finally:
             stop.set()
             while thread.is_alive():  # it may be waiting for room
@@ -316,25 +330,26 @@ class DeviceBatches:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # a thread starts at the first one
                 stream = torch.cuda.Stream(self.device)
-            for batch in host:
-                if stop.is_set():
-                    return
-                with torch.cuda.stream(stream):  # None is no stream
-                    if batch["error"] is None:
-                        self._move(batch)
-                    copied = stream.record_event() if stream is not None else None
-                ready.put((batch, copied))
+            with torch.cuda.stream(stream):  # None is no stream
+                for batch in host:
+                    if stop.is_set():
+                        return
+                    ready.put(self._move(batch))
             ready.put(None)
         except BaseException as error:  # the other thread raises it
             ready.put(error)
 
-    def _move(self, batch: dict[str, Any]) -> None:
+    def _move(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The batch on the device, and the event that its copies are done (None where there is nothing to wait for)."""
+        if batch["error"] is not None:
+            return batch, None
         for name in ("pixel_values", "rows", "labels", "valid"):
             if name in batch:
                 batch[name] = batch[name].to(self.device, non_blocking=True)
         if "rows" in batch:
             batch["pixel_values"] = self.batches.on_device.index_select(0, batch.pop("rows"))
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
+        return batch, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
     def _report(self, batch: dict[str, Any]) -> None:
         found, retried, error = batch.pop("bad"), batch.pop("retried"), batch.pop("error")

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-TABLES = ("brightness", "contrast", "posterize", "solarize", "solarize_add", "invert", "autocontrast", "equalize")
-OPERATIONS = ("identity", *GEOMETRIC, *TABLES, "color", "sharpness", "blur", "cutout")
+TABLES = ("posterize", "solarize", "solarize_add", "invert")
+ENHANCEMENTS = ("brightness", "contrast", "color", "sharpness")
+# samples are sorted by these numbers, so operations that are worked on together stand side by side
+OPERATIONS = ("identity", *GEOMETRIC, *TABLES, *ENHANCEMENTS, "autocontrast", "equalize", "blur", "cutout")
 NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 
 
@@ -44,55 +46,43 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 def apply_program(pixels: Tensor, program: Program, fill: int = 0) -> Tensor:
     """Carries out a program: uint8 (B, H, W, C) -> the same shape; `fill` is the grey level of what is moved in."""
-    families = (
-        (GEOMETRIC, lambda group, name, value, centre: move(group, name, value, fill)),
-        (TABLES, lambda group, name, value, centre: look_up(group, name, value)),
-        (("color",), lambda group, name, value, centre: color(group, value)),
-        (("sharpness",), lambda group, name, value, centre: sharpness(group, value)),
-        (("blur",), lambda group, name, value, centre: blur(group, value)),
-        (("cutout",), lambda group, name, value, centre: cutout(group, value, centre, fill)),
-    )
-    pixels = pixels.clone()  # what comes in may be the cache
+    families = [
+        (("identity",), lambda group, operation, value, centre: group),
+        (GEOMETRIC, lambda group, operation, value, centre: move(group, operation, value, fill)),
+        (TABLES, lambda group, operation, value, centre: look_up(group, operation, value)),
+        (ENHANCEMENTS, lambda group, operation, value, centre: enhance(group, operation, value)),
+        (("autocontrast",), lambda group, operation, value, centre: autocontrast(group)),
+        (("equalize",), lambda group, operation, value, centre: equalize(group)),
+        (("blur",), lambda group, operation, value, centre: blur(group, value)),
+        (("cutout",), lambda group, operation, value, centre: cutout(group, value, centre, fill)),
+    ]
+    place = np.arange(len(pixels))  # of each sample in `pixels`
     for layer in range(program.operation.shape[1]):
-        operation = program.operation[:, layer]
+        order = np.argsort(program.operation[:, layer], kind="stable")
+        operation, value, centre = (part[order, layer] for part in (program.operation, program.value, program.centre))
+        pixels = pixels.index_select(0, to_device(place[order], pixels.device))
+        place[order] = np.arange(len(order))
+        changed = []
         for names, function in families:
-            rows = np.flatnonzero(np.isin(operation, [NUMBER[name] for name in names]))
-            if len(rows):
-                where = to_device(rows, pixels.device)
-                name = np.array(OPERATIONS)[operation[rows]]
-                group, value = pixels.index_select(0, where), program.value[rows, layer].astype(np.float64)
-                pixels.index_copy_(0, where, function(group, name, value, program.centre[rows, layer]))
-    return pixels
-
-
-def blend(first: Tensor, second: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's blend: first + factor x (second - first), clipped and cut off to whole grey levels: uint8."""
-    first = first.float()
-    return (first + factor * (second.float() - first)).clamp(0, 255).to(torch.uint8)
-
-
-def factors(value: np.ndarray, pixels: Tensor) -> Tensor:
-    """Strengths as float32 (G, 1, 1, 1) on the device of the pixels."""
-    return to_device(value.astype(np.float32), pixels.device)[:, None, None, None]
-
-
-def luma(pixels: Tensor) -> Tensor:
-    """Grey levels of RGB images: int32 (B, H, W, 1). Source: ITU-R 601-2, in Pillow's 16-bit integers."""
-    red, green, blue = (channel.int() for channel in pixels.unbind(3))
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[..., None]
+            first, last = np.searchsorted(operation, (NUMBER[names[0]], NUMBER[names[-1]] + 1))
+            if first < last:
+                here = slice(first, last)
+                changed.append(function(pixels[here], operation[here], value[here].astype(np.float64), centre[here]))
+        pixels = torch.cat(changed)
+    return pixels.index_select(0, to_device(place, pixels.device))
 
 
 # --- geometry ---
 
 
-def inverse_matrices(name: np.ndarray, value: np.ndarray, height: int, width: int) -> np.ndarray:
+def inverse_matrices(operation: np.ndarray, value: np.ndarray, height: int, width: int) -> np.ndarray:
     """Where each output pixel comes from, as Pillow's transform takes it: float64 (G, 6),
     x' = m0 x + m1 y + m2, y' = m3 x + m4 y + m5. Shears are about the upper left corner, rotations about the centre."""
     matrix = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(value), 1))
-    for operation, column in (("shear_x", 1), ("shear_y", 3), ("translate_x", 2), ("translate_y", 5)):
-        here = name == operation
+    for name, column in (("shear_x", 1), ("shear_y", 3), ("translate_x", 2), ("translate_y", 5)):
+        here = operation == NUMBER[name]
         matrix[here, column] = value[here]
-    here = name == "rotate"
+    here = operation == NUMBER["rotate"]
     angle = -np.deg2rad(value[here])
     cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
     y, x = height / 2, width / 2
@@ -100,103 +90,107 @@ def inverse_matrices(name: np.ndarray, value: np.ndarray, height: int, width: in
     return matrix
 
 
-def move(pixels: Tensor, name: np.ndarray, value: np.ndarray, fill: int) -> Tensor:
+def move(pixels: Tensor, operation: np.ndarray, value: np.ndarray, fill: int) -> Tensor:
     """Shears, shifts (to the left and up for positive values) and rotates, nearest neighbour: uint8 (G, H, W, C)."""
     group, height, width, channels = pixels.shape
-    m = inverse_matrices(name, value, height, width)
+    m = inverse_matrices(operation, value, height, width)
     m[:, 2] += 0.5 * (m[:, 0] + m[:, 1])  # the centre of a pixel, in 16 bits behind the point as Pillow counts
     m[:, 5] += 0.5 * (m[:, 3] + m[:, 4])
-    m = to_device(np.floor(m * 65536 + 0.5).astype(np.int32), pixels.device)[:, :, None]
-    y = torch.arange(height, dtype=torch.int32, device=pixels.device)
-    x = torch.arange(width, dtype=torch.int32, device=pixels.device)
-    source_x = ((m[:, 0] * x + m[:, 2])[:, None, :] + (m[:, 1] * y)[:, :, None]) >> 16
-    source_y = ((m[:, 3] * x + m[:, 5])[:, None, :] + (m[:, 4] * y)[:, :, None]) >> 16
+    m = np.floor(m * 65536 + 0.5).astype(np.int32)[:, :, None]
+    x, y = np.arange(width, dtype=np.int32), np.arange(height, dtype=np.int32)
+    parts = (m[:, 0] * x + m[:, 2], m[:, 1] * y, m[:, 3] * x + m[:, 5], m[:, 4] * y)  # (G, W), (G, H), ...
+    along_x, down_x, along_y, down_y = to_device(np.concatenate(parts, axis=1), pixels.device).split(
+        (width, height, width, height), dim=1
+    )
+    source_x = (along_x[:, None, :] + down_x[:, :, None]).bitwise_right_shift_(16).clamp_(-1, width)
+    source_y = (along_y[:, None, :] + down_y[:, :, None]).bitwise_right_shift_(16).clamp_(-1, height)
     # everything outside is read off a border of one pixel
     bordered = torch.nn.functional.pad(pixels, (0, 0, 1, 1, 1, 1), value=fill).view(-1, channels)
-    source = source_y.clamp_(-1, height).mul_(width + 2).add_(source_x.clamp_(-1, width))
-    first = torch.arange(group, dtype=torch.int32, device=pixels.device) * (height + 2) * (width + 2) + width + 3
-    return bordered.index_select(0, source.add_(first[:, None, None]).flatten()).view_as(pixels)
+    first = torch.arange(group, dtype=torch.int32, device=pixels.device) * ((height + 2) * (width + 2)) + width + 3
+    source = source_y.mul_(width + 2).add_(source_x).add_(first[:, None, None])
+    return bordered.index_select(0, source.view(-1)).view(pixels.shape)
 
 
 # --- a grey level for each grey level ---
 
 
-def fixed_tables(name: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The tables that do not depend on the picture: uint8 (G, 256)."""
-    level = np.arange(256)[None]
-    value = value[:, None]
+def look_up(pixels: Tensor, operation: np.ndarray, value: np.ndarray) -> Tensor:
+    """Posterize, solarize, solarize_add and invert: uint8 (G, H, W, C)."""
+    level, value = np.arange(256), value[:, None]
     tables = {
-        "brightness": lambda v: np.clip(level.astype(np.float32) * v.astype(np.float32), 0, 255),
-        "posterize": lambda v: level & ~((1 << (8 - v.astype(int))) - 1),
-        "solarize": lambda v: np.where(level < v, level, 255 - level),
-        "solarize_add": lambda v: np.where(level < 128, np.clip(level + v, 0, 255), level),
-        "invert": lambda v: 255 - level + 0 * v,
+        "posterize": lambda value: level & ~((1 << (8 - value.astype(int))) - 1),
+        "solarize": lambda value: np.where(level < value, level, 255 - level),
+        "solarize_add": lambda value: np.where(level < 128, np.clip(level + value, 0, 255), level),
+        "invert": lambda value: 255 - level + 0 * value,
     }
-    result = np.tile(level.astype(np.uint8), (len(name), 1))
-    for operation, table in tables.items():
-        here = name == operation
+    table = np.empty((len(operation), 256), dtype=np.uint8)
+    for name in TABLES:
+        here = operation == NUMBER[name]
         if here.any():
-            result[here] = table(value[here]).astype(np.uint8)
-    return result
+            table[here] = tables[name](value[here]).astype(np.uint8)
+    return to_device(table, pixels.device).gather(1, pixels.flatten(1).long()).view(pixels.shape)
 
 
-def look_up(pixels: Tensor, name: np.ndarray, value: np.ndarray) -> Tensor:
-    """Brightness, contrast, posterize, solarize, solarize_add, invert, autocontrast, equalize: uint8 (G, H, W, C)."""
-    channels = pixels.shape[3]
-    table = to_device(fixed_tables(name, value), pixels.device)[:, None].repeat(1, channels, 1)
-    level = torch.arange(256, device=pixels.device)
-    from_picture = {"contrast": _contrast_table, "autocontrast": _autocontrast_table, "equalize": _equalize_table}
-    for operation, make in from_picture.items():
-        rows = np.flatnonzero(name == operation)
-        if len(rows):
-            where = to_device(rows, pixels.device)
-            table.index_copy_(0, where, make(pixels.index_select(0, where), value[rows], level))
-    first = torch.arange(0, table.numel(), 256, dtype=torch.int32, device=pixels.device).view(-1, 1, 1, channels)
-    return table.flatten().index_select(0, (pixels + first).flatten()).view_as(pixels)
+def autocontrast(pixels: Tensor) -> Tensor:
+    """Stretches each channel to 0..255: uint8 (G, H, W, C). In double precision, as Pillow counts: much falls on whole
+    levels."""
+    low, high = pixels.amin((1, 2), keepdim=True).double(), pixels.amax((1, 2), keepdim=True).double()
+    is_flat = high == low
+    scale = torch.where(is_flat, 1, 255 / (high - low))
+    return (pixels * scale).sub_(torch.where(is_flat, 0, low * scale)).clamp_(0, 255).to(torch.uint8)
 
 
-# Each of these: pixels (G, H, W, C), value (G,), level (256,) -> uint8 (G, C, 256).
+def equalize(pixels: Tensor) -> Tensor:
+    """Makes the histogram of each channel even: uint8 (G, H, W, C)."""
+    group, height, width, channels = pixels.shape
+    flat = pixels.flatten(1, 2).transpose(1, 2).reshape(group * channels, height * width).long()
+    counts = torch.zeros(len(flat), 256, dtype=torch.long, device=pixels.device)
+    counts.scatter_add_(1, flat, torch.ones((), dtype=torch.long, device=pixels.device).expand_as(flat))
+    last = counts.gather(1, flat.amax(1, keepdim=True))  # of the brightest level there is
+    step = (flat.shape[1] - last) // 255
+    below = counts.cumsum(1).sub_(counts)
+    equal = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)
+    table = torch.where(step > 0, equal, torch.arange(256, device=pixels.device)).to(torch.uint8)
+    return table.gather(1, flat).view(group, channels, height, width).permute(0, 2, 3, 1)
 
 
-def _contrast_table(pixels: Tensor, value: np.ndarray, level: Tensor) -> Tensor:
-    mean = (luma(pixels).flatten(1).double().mean(1) + 0.5).floor()[:, None, None, None]
-    return blend(mean, level, factors(value, pixels))[:, :, 0].expand(-1, pixels.shape[3], -1)
+# --- Pillow's ImageEnhance: between a poorer picture and this one, or beyond it ---
 
 
-def _autocontrast_table(pixels: Tensor, value: np.ndarray, level: Tensor) -> Tensor:
-    low, high = (side[..., None].double() for side in (pixels.amin((1, 2)), pixels.amax((1, 2))))
-    scale = 255 / (high - low).clamp(min=1)
-    stretched = (level * scale - low * scale).clamp(0, 255)
-    return torch.where(high > low, stretched, level.double()).to(torch.uint8)
+def enhance(pixels: Tensor, operation: np.ndarray, value: np.ndarray) -> Tensor:
+    """Brightness (from black), contrast (from the mean grey level), color (from grey) and sharpness (from a smoothed
+    picture), in this order, by factors: uint8 (G, H, W, 3). 0 is the poorer picture, 1 changes nothing."""
+    starts = np.searchsorted(operation, [NUMBER[name] for name in (*ENHANCEMENTS, "autocontrast")])
+    contrast, color, sharpness, end = (int(start) for start in starts[1:])
+    poorer = torch.zeros(pixels.shape, device=pixels.device)
+    grey = luma(pixels[contrast:sharpness])
+    mean = (grey[: color - contrast].flatten(1).double().mean(1) + 0.5).floor()
+    poorer[contrast:color] = mean[:, None, None, None]
+    poorer[color:sharpness] = grey[color - contrast :]
+    poorer[sharpness:end] = smoothed(pixels[sharpness:end])
+    factor = to_device(value.astype(np.float32), pixels.device)[:, None, None, None]
+    return (pixels - poorer).mul_(factor).add_(poorer).clamp_(0, 255).to(torch.uint8)
 
 
-def _equalize_table(pixels: Tensor, value: np.ndarray, level: Tensor) -> Tensor:
-    flat = pixels.flatten(1, 2).transpose(1, 2).long()
-    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.long, device=pixels.device)
-    counts.scatter_add_(2, flat, torch.ones((), dtype=torch.long, device=pixels.device).expand_as(flat))
-    last = counts.gather(2, flat.amax(2, keepdim=True))  # of the brightest level there is
-    step = (flat.shape[2] - last) // 255
-    below = counts.cumsum(2) - counts
-    equal = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    return torch.where(step > 0, equal, level).to(torch.uint8)
+def luma(pixels: Tensor) -> Tensor:
+    """Grey levels of RGB images: int32 (G, H, W, 1). Source: ITU-R 601-2, in Pillow's 16-bit integers."""
+    red, green, blue = (channel.int() for channel in pixels.unbind(3))
+    return (
+        red.mul_(19595).add_(green.mul_(38470)).add_(blue.mul_(7471)).add_(0x8000).bitwise_right_shift_(16)[..., None]
+    )
 
 
-# --- neighbours and channels ---
-
-
-def color(pixels: Tensor, value: np.ndarray) -> Tensor:
-    """Saturation: 0 is grey, 1 the picture: uint8 (G, H, W, 3)."""
-    return blend(luma(pixels), pixels, factors(value, pixels))
-
-
-def sharpness(pixels: Tensor, value: np.ndarray) -> Tensor:
-    """0 is smoothed by Pillow's 3x3 filter, 1 the picture; the outermost pixels stay: uint8 (G, H, W, C)."""
+def smoothed(pixels: Tensor) -> Tensor:
+    """Pillow's 3x3 filter SMOOTH; the outermost pixels stay: float (G, H, W, C), whole grey levels."""
     x = pixels.short()
     rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
-    smooth = pixels.clone()
-    smooth[:, 1:-1, 1:-1] = ((total + 6).float() * (1 / 13)).to(torch.uint8)  # total / 13, rounded
-    return blend(smooth, pixels, factors(value, pixels))
+    smooth = pixels.float()
+    smooth[:, 1:-1, 1:-1] = ((total + 6).float() * (1 / 13)).floor()  # total / 13, rounded
+    return smooth
+
+
+# --- what else there is ---
 
 
 def blur(pixels: Tensor, value: np.ndarray) -> Tensor:
