@@ -68,7 +68,6 @@ class LoadingArguments:
     data_on_device: Literal["auto", "never"] = flag(
         "auto", "keep a decoded set in the memory of the GPU where it fits a fifth of it", same_run=True
     )
-    shuffle_buffer_size: int = flag(10000, "training images that each process mixes when it streams", low=1)
     per_device_eval_batch_size: int = flag(128, "evaluation batch of one process", low=1, same_run=True)
 
 

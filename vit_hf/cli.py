@@ -209,7 +209,7 @@ def trained_seed(args: EvaluateArguments) -> int:
 
 def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int] | None:
     """For each class of the dataset its index in the model; None: the names tell nothing, the numbers agree. (Names may
-    repeat: ImageNet's WordNet lemmas have two cranes, and a name that repeats finds no index.)
+    repeat: many models of ImageNet have two cranes, and a name that repeats finds no index.)
 
     Raises:
         UserError: the model has no such classes.

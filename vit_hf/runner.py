@@ -123,29 +123,32 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     batches, crops_on_device = train_batches(
         args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
-    train(
-        state,
-        batches,
-        plan=plan,
-        schedule=schedule,
-        settings=LoopSettings(
-            output_dir=output_dir,
-            record=record,
-            start_time=start_time,
-            seed=args.seed,
-            max_grad_norm=args.max_grad_norm,
-            logging_steps=args.logging_steps,
-            eval_steps=args.eval_steps,
-            save_steps=args.save_steps,
-            save_total_limit=args.save_total_limit,
-        ),
-        augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
-        objective=soft_cross_entropy,
-        evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
-        extra_metrics=report.collect,
-        mfu_scale=mfu_scale(accelerator, model.config),
-        first_step=manifest.get("step", 0),
-    )
+    try:
+        train(
+            state,
+            batches,
+            plan=plan,
+            schedule=schedule,
+            settings=LoopSettings(
+                output_dir=output_dir,
+                record=record,
+                start_time=start_time,
+                seed=args.seed,
+                max_grad_norm=args.max_grad_norm,
+                logging_steps=args.logging_steps,
+                eval_steps=args.eval_steps,
+                save_steps=args.save_steps,
+                save_total_limit=args.save_total_limit,
+            ),
+            augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
+            objective=soft_cross_entropy,
+            evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
+            extra_metrics=report.collect,
+            mfu_scale=mfu_scale(accelerator, model.config),
+            first_step=manifest.get("step", 0),
+        )
+    finally:
+        batches.close()  # and the workers with it
     export(args, state, preprocessing, resolved, report.collect(), name, start_time)
 
 

@@ -89,7 +89,7 @@ def renumbered(names: list[str], class_names: list[str], split: str) -> np.ndarr
     Raises:
         UserError: the split has other classes.
     """
-    if names == class_names:  # also where two classes share a name, as ImageNet's cranes do
+    if names == class_names:
         return np.arange(len(names))
     if sorted(names) != sorted(class_names):
         different = sorted(set(names) ^ set(class_names))

@@ -4,6 +4,7 @@ This module must not know about batches, epochs or devices.
 """
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +197,8 @@ def decode_row(
         return crop_to_pixels(value, box_of, preprocessing)
     except DECODE_ERRORS as error:
         name = f"file {value['path']}, " if value.get("path") else ""
-        return f"{name}{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = re.sub(r" ?<_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
+        return f"{name}{type(error).__name__}: {reason}"
 
 
 def image_size(value: dict[str, Any]) -> tuple[int, int]:

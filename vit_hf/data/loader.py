@@ -5,7 +5,9 @@ Step k takes the positions k*G to (k+1)*G of the stream, whatever the number of 
 run can start at any step. Evaluation takes every sample exactly once.
 """
 
+import atexit
 import ctypes
+import multiprocessing
 import queue
 import signal
 import sys
@@ -253,6 +255,14 @@ def _in_worker(worker: int) -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing asks them to end by a signal that they leave to the parent, and waits for them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class DeviceBatches:
