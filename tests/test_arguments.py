@@ -11,6 +11,7 @@ from vit_hf.arguments import (
     parse,
     parse_channels,
     parse_image_size,
+    parse_randaugment,
     parse_random_crop,
     read_config,
     without_paths,
@@ -141,3 +142,41 @@ def test_help_is_complete_and_wrong_flags_exit_with_2():
         assert f"--{name}" in shown.stdout
     wrong = subprocess.run([sys.executable, "run_finetune.py", "--sed", "1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr == "error: unknown flag --sed, did you mean 'seed'?\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("none", None),
+        ("num_ops=2,magnitude=9", {"num_ops": 2, "magnitude": 9.0, "ops": "torchvision"}),
+        ("magnitude=10,ops=big_vision", {"num_ops": 2, "magnitude": 10.0, "ops": "big_vision"}),
+        ("num_ops=1, magnitude=7.5", {"num_ops": 1, "magnitude": 7.5, "ops": "torchvision"}),
+    ],
+)
+def test_randaugment_is_read(text, found):
+    assert parse_randaugment(text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["9", "num_ops=0", "num_ops=9", "magnitude=31", "magnitude=-1", "magnitude=11,ops=big_vision", "ops=timm", "n=2", "num_ops=two", ""]
+)  # fmt: skip
+def test_randaugment_out_of_range_is_refused(text):
+    with pytest.raises(ArgumentError, match="--randaugment: .* is not none or e.g."):
+        parse_randaugment(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"randaugment": "num_ops=2", "trivial_augment": True}, "only one of --trivial_augment and --randaugment"),
+        ({"three_augment": True, "trivial_augment": True}, "only one of --trivial_augment and --three_augment"),
+        ({"streaming": True, "aug_repeats": 3}, "--aug_repeats: 3 does not go with --streaming"),
+        ({"dataloader_num_workers": "some"}, "--dataloader_num_workers: 'some' is not auto or a number"),
+        ({"dataloader_num_workers": "-1"}, "--dataloader_num_workers: '-1' is not auto or a number"),
+        ({"subset_fraction": 0.5, "subset_per_class": 3}, "only one of --subset_fraction and --subset_per_class"),
+    ],
+)
+def test_data_flags_that_exclude_each_other(flags, said):
+    with pytest.raises(ArgumentError) as caught:
+        check(RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1, **flags))
+    assert said in str(caught.value)

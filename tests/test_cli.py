@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.runs import DEMO_DEFAULTS, in_process, python
@@ -160,3 +161,71 @@ def test_convert_refuses_in_one_line(trained, tmp_path):
     ):
         with pytest.raises(error, match=message):
             dispatch(["convert", *map(str, words)])
+
+
+# --- data ---
+
+
+def test_data_show_draws_originals_and_what_becomes_of_them(tmp_path, capsys):
+    sheet = tmp_path / "sheets/sheet.png"
+    recipe = ["--config", "recipes/demo/pretrain_glyphs.yaml", "--dataset_name", "digits"]
+    words = ["--randaugment", "num_ops=2,magnitude=9", "--mixup_alpha", "0.5", "--output_file", str(sheet)]
+    dispatch(["data", "show", *recipe, *words])
+    assert str(sheet) in capsys.readouterr().out
+    with Image.open(sheet) as picture:
+        assert picture.width > 600 and picture.height > 600 and len(set(picture.convert("L").tobytes())) > 50
+
+
+def test_what_data_show_draws_is_what_training_sees():
+    """The augmented pictures are those of the training batches of the same samples and epochs."""
+    from vit_hf.arguments import ShowArguments
+    from vit_hf.data.augment import Augment
+    from vit_hf.data.keys import epoch_order
+    from vit_hf.data.policies import trivial_augment
+    from vit_hf.parts import show_augmentation, splits_loader
+
+    args = ShowArguments(dataset_name="digits", trivial_augment=True, random_crop="padding=4", seed=3)
+    splits = splits_loader(args)()
+    originals, augmented, labels, targets = show_augmentation(args, splits, 32)
+    index = epoch_order(3, 0, len(splits.train))[:8]
+    assert labels == splits.train[index]["label"]
+    assert (targets.argmax(2) == [[label] * 5 for label in labels]).all()
+    augment = Augment(
+        seed=3, num_classes=10, mean=[0.0] * 3, std=[1.0] * 3, device=torch.device("cpu"), crop=("padding", 4),
+        policies=[trivial_augment],
+    )  # fmt: skip
+    batch = {"pixel_values": torch.from_numpy(originals).permute(0, 3, 1, 2), "labels": torch.tensor(labels)}
+    seen, _ = augment({**batch, "visit": torch.full((8,), 2), "index": torch.from_numpy(index)}, 0, 0, 0)
+    assert ((seen * 255).round().permute(0, 2, 3, 1) == torch.from_numpy(augmented[:, 2])).all()
+
+
+def test_data_prepare_writes_a_set_that_trains(tmp_path, capsys):
+    flags = ["--dataset_name", "digits", "--output_dir", str(tmp_path / "copy"), "--subset_per_class", "10"]
+    dispatch(["data", "prepare", *flags, "--num_proc", "1"])
+    said = capsys.readouterr().out
+    assert "train: 100 images in 1 shards" in said and f"--dataset_name {tmp_path / 'copy'}" in said
+    for streaming in ("false", "true"):
+        run = {**DEMO_DEFAULTS, "dataset_name": tmp_path / "copy", "output_dir": tmp_path / streaming, "max_steps": 2}
+        in_process("pretrain", streaming=streaming, **run)
+        results = json.loads((tmp_path / streaming / "all_results.json").read_text())
+        assert results["train_samples"] == 100 and results["eval_samples"] == 101
+    dispatch(["data", "prepare", *flags])
+    assert "finished: nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "shwo"], "unknown command 'data shwo', did you mean 'show'"),
+        (["data", "prepare", "--output_dir", "x"], "--dataset_name is missing"),
+        (["data", "prepare", "--dataset_name", "digits"], "--output_dir is missing"),
+        (["data", "prepare", "--shorter_side", "0"], "--shorter_side: 0 is out of range"),
+        (["data", "show", "--dataset_name", "digits", "--randaugment", "9"], "--randaugment: '9' is not none or e.g."),
+        (["data", "show", "--dataset_name", "digits", "--preset", "vit-hge"], "vit-hge"),
+        (["evaluate", "x", "--dataset_name", "digits", "--dataloader_num_workers", "many"], "'many' is not auto or a"),
+    ],
+)
+def test_wrong_words_to_the_data_commands(words, said):
+    with pytest.raises(ArgumentError) as caught:
+        dispatch(words)
+    assert said in str(caught.value)
