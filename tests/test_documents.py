@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.runs import ROOT
-from vit_hf.arguments import EvaluateArguments, RunArguments, check, parse
+from vit_hf.arguments import EvaluateArguments, PrepareArguments, RunArguments, ShowArguments, check, parse
 from vit_hf.models.presets import PRESETS, parse_overrides, preset_config
 
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
@@ -74,6 +74,10 @@ def test_documented_command(words):
         parse(EvaluateArguments, words[words.index("evaluate") + 1 :], prog="evaluate", positional="model")
     elif words[0] == "make":
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:])
+    elif words[:3] == ["vit-hf", "data", "prepare"]:
+        parse(PrepareArguments, words[3:], prog="prepare")
+    elif words[:3] == ["vit-hf", "data", "show"]:
+        parse(ShowArguments, words[3:], prog="show")
     elif words[:2] == ["vit-hf", "report"]:
         assert len(words) > 2
     elif words[:2] == ["vit-hf", "models"]:
@@ -85,11 +89,10 @@ def test_documented_command(words):
 
 
 def test_flags_in_the_docs_exist():
-    known = {f"--{name}" for cls in (RunArguments, EvaluateArguments) for name in cls.__dataclass_fields__} | {
-        "--config"
-    }
+    classes = (RunArguments, EvaluateArguments, PrepareArguments, ShowArguments)
+    known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
-                "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--include", "--quiet"}  # fmt: skip
+                "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet"}  # fmt: skip
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
             assert flag in known | launcher, f"{page.name}: {flag}"

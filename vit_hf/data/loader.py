@@ -45,7 +45,7 @@ class TrainPlaces:
 
     Args:
         repeats: how often each sample comes in a row, each time augmented otherwise; an epoch keeps its length, so it
-            then holds a part of the samples. Source: repeated augmentation, arXiv 1902.05509, section 3.1.
+            then holds a part of the samples. Source: repeated augmentation, arXiv 1902.05509.
     """
 
     def __init__(
