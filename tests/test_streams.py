@@ -289,6 +289,7 @@ def test_fractals_are_computed_as_they_are_needed():
 # --- runs ---
 
 
+@pytest.mark.slow
 def test_a_streamed_run_resumes_exactly(run, folder, tmp_path):
     flags = dict(dataset_name=folder, streaming="true", save_steps=5, max_steps=11, global_batch_size=24)
     flags |= dict(random_crop="scale=0.3", dataloader_num_workers=2, max_eval_samples=None, shuffle_buffer_size=20)

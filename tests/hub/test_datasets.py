@@ -51,6 +51,9 @@ Content = namedtuple("Content", "rows shards")
 # --- the sets ---
 
 
+pytestmark = pytest.mark.slow  # each starts processes that load, and some that train
+
+
 def picture(number: int, kind="JPEG", mode="RGB", size=None, padding=0) -> bytes:
     """An encoded image that no other number gives; `size` is (width, height), `padding` the bytes that follow it."""
     random = np.random.RandomState(number)
@@ -242,7 +245,6 @@ def test_cifar10_streams(named, tmp_path):
     assert copies(tmp_path, cifar10) == []
 
 
-@pytest.mark.slow
 def test_cifar10_trains(named, tmp_path):
     hub, _, _ = named
     folder = tmp_path / "run"
@@ -280,7 +282,6 @@ def test_two_thirds_of_imagenet_are_stratified_and_the_same_everywhere(named, tm
     assert copies(tmp_path / "one", imagenet) != []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("token", "streaming"), [(None, "false"), (STRANGER, "true")])
 def test_imagenet_without_access_is_one_line(named, tmp_path, token, streaming):
     flags = dict(output_dir=tmp_path / "run", dataset_name="imagenet-1k", streaming=streaming)
@@ -346,7 +347,6 @@ def streamed(named, tmp_path_factory):
     return path / "run", path / "home", list(hub.requests)
 
 
-@pytest.mark.slow
 def test_imagenet_trains_from_a_stream(named, streamed):
     _, _, imagenet = named
     folder, home, requests = streamed
@@ -364,7 +364,6 @@ def test_imagenet_trains_from_a_stream(named, streamed):
     assert not list(home.rglob("vit_hf_pixels"))  # nor decoded
 
 
-@pytest.mark.slow
 def test_a_stream_evaluates_as_the_stored_set_does(named, streamed, tmp_path):
     """By `vit-hf evaluate`: both agree with what the run itself found, and count each image once. The second model has
     the class names that most ImageNet models come with, two of them "crane", and is compared by index."""
