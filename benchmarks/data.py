@@ -8,6 +8,7 @@ small     32-pixel PNGs, crop, flip and RandAugment: ours; a transform in Pillow
           DataLoader with as many workers as cores; kornia's batched RandAugment, where it is installed
 large     500x375 JPEGs, random resized crop to 224 and flip, on one core: the same transform in Pillow; ours; ours from
           the copy that `vit-hf data prepare` makes; and what of it the host does where the rest is left to a GPU
+fractal   pictures of the fractal set, computed as they are needed, on one core
 training  a model end to end, augmentation on: our loop; transformers.Trainer; and the ceiling, the same model on one
           batch that lies on the device already
 
@@ -40,6 +41,7 @@ from vit_hf.arguments import Parser
 from vit_hf.data.augment import Augment
 from vit_hf.data.cache import decoded
 from vit_hf.data.decode import Preprocessing
+from vit_hf.data.fractals import FractalRows, parse_options
 from vit_hf.data.loader import DeviceBatches, Faults, ImageBatches, TrainPlaces
 from vit_hf.data.policies import rand_augment
 from vit_hf.data.prepare import prepare
@@ -271,6 +273,21 @@ def on_one_core(way: Turn) -> float:
         torch.set_num_threads(threads)
 
 
+def fractal(folder: Path, device: torch.device) -> dict[str, Turn]:
+    def draw(options: str) -> float:
+        rows = FractalRows(parse_options(options), "train")  # the search for the classes is done once a process
+        start = time.perf_counter()
+        rows.read(np.arange(600))
+        return 600 / (time.perf_counter() - start)
+
+    ways = {
+        "64 pixels, in colour": "num_classes=100,image_size=64",
+        "64 pixels, grey": "num_classes=100,image_size=64,colour=false",
+        "224 pixels, in colour": "num_classes=100,image_size=224",
+    }
+    return {name: functools.partial(on_one_core, functools.partial(draw, text)) for name, text in ways.items()}
+
+
 def training(folder: Path, device: torch.device) -> dict[str, Turn]:
     on_gpu = device.type == "cuda"
     preset, batch_size, steps = ("vit-small-patch4-32", 1024, 60) if on_gpu else ("vit-demo-patch8-32", 128, 30)
@@ -359,7 +376,7 @@ def trainer_loop(folder, dataset, preset, batch_size, steps, device) -> float:
     return (steps - steps // 2) * batch_size / (last - first)
 
 
-FIGURES = {"small": small, "large": large, "training": training}
+FIGURES = {"small": small, "large": large, "fractal": fractal, "training": training}
 
 
 def measure(ways: dict[str, Turn], rounds: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, ROOT, in_process, launch, lines, python, trajectory, words
+from tests.test_streams import shard
 
 pytestmark = pytest.mark.slow
 
@@ -200,6 +201,28 @@ def test_evaluate_counts_each_sample_once_on_two_processes(single, tmp_path):
     assert one["eval_accuracy"] == both["eval_accuracy"] and one["eval_accuracy_top5"] == both["eval_accuracy_top5"]
     assert one["eval_loss"] == pytest.approx(both["eval_loss"], rel=1e-6)
     assert "450" in alone.stdout and "eval_accuracy" in alone.stdout
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "set/data").mkdir(parents=True)
+    for number in range(4):
+        shard(tmp_path / f"set/data/train-0000{number}-of-00004.parquet", 30 * number, 30)
+    for number in range(2):
+        shard(tmp_path / f"set/data/test-0000{number}-of-00002.parquet", 500 + 7 * number, 7)
+    return tmp_path / "set"
+
+
+def test_two_processes_stream_disjoint_shards_and_evaluate_each_sample_once(tmp_path, shards):
+    flags = dict(dataset_name=shards, streaming="true", max_eval_samples=None, dataloader_num_workers=1)
+    flags = {name: value for name, value in {**RUN, **flags, "max_steps": 4}.items() if value is not None}
+    result = launch("pretrain", "cpu_2proc", output_dir=tmp_path / "run", **flags)
+    assert result.returncode == 0, result.stderr
+    assert lines(tmp_path / "run", "eval_accuracy")[-1]["eval_samples"] == 14
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    result = launch("pretrain", "cpu_2proc", output_dir=tmp_path / "more", **{**flags, "dataloader_num_workers": 3})
+    assert result.returncode == 1 and "Traceback" not in result.stderr.split("accelerate")[0]
+    assert "error: --streaming: 4 shards for 2 processes with 3 workers each, which need 6" in result.stderr
 
 
 def test_a_wrong_data_flag_ends_both_processes_in_a_line(tmp_path):
