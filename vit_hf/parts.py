@@ -245,6 +245,11 @@ def train_batches(
     else:
         places = TrainPlaces(num_samples=len(batches), repeats=args.aug_repeats, **course)
     moved = DeviceBatches(batches, places, accelerator.device, workers, faults)
+    if batches.pixels is not None:
+        where = "on the device" if batches.on_device is not None else "mapped from the cache"
+        accelerator.print(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
+    else:
+        accelerator.print(f"images: read and decoded batch by batch, {workers} workers a process")
     return iter(moved), batches.pixels is not None
 
 
