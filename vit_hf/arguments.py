@@ -87,7 +87,9 @@ class SubsetArguments:
 class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
     """What is done to each image."""
 
-    shuffle_buffer_size: int = flag(10000, "images that each process mixes when it streams", low=1)
+    shuffle_buffer_size: int = flag(
+        10000, "images that the workers of a process mix when it streams, each its share", low=1
+    )
     image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
     image_mean: str | None = flag(
         None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"

@@ -35,7 +35,7 @@ from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, 
 from vit_hf.data.policies import OP_SETS, color_jitter, rand_augment, three_augment, trivial_augment
 from vit_hf.data.rows import Rows, TableRows
 from vit_hf.data.sources import HUB_SETS, ImageSplits, load_image_splits, named_source
-from vit_hf.data.streams import ParquetRows, StreamPlaces, held_rows
+from vit_hf.data.streams import ParquetRows, StreamPlaces
 from vit_hf.data.subset import SubsetRule, parse_subset_classes
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
@@ -183,16 +183,18 @@ def open_batches(
     crop_scale: float | None = None,
     training: bool = False,
     class_index: list[int] | None = None,
+    keep: bool = True,
 ) -> ImageBatches:
     """A split's micro-batches on the host, decoded once where that pays.
 
     Args:
         crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
+        keep: False decodes anew each time, for a set that is gone through once.
     """
     pixels = None
     if isinstance(split, datasets.Dataset):
         rows: Rows = TableRows(split, class_index)
-        if worth_decoding(rows, preprocessing, crops=crop_scale is not None):
+        if keep and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
             pixels = decoded(rows, preprocessing)
     else:
         rows = split
@@ -207,7 +209,7 @@ def open_batches(
         on_bad_image=args.on_bad_image,
         training=training,
     )
-    if args.data_on_device == "auto":
+    if training and args.data_on_device == "auto":  # each process reads a part of an evaluation set alone
         batches.place_on_device(device)
     return batches
 
@@ -240,7 +242,7 @@ def train_batches(
         shards = split.shards()
         if args.dataloader_num_workers == "auto":
             workers = max(1, min(workers, len(shards) // accelerator.num_processes))
-        split.held_rows = held_rows(args.shuffle_buffer_size, workers)
+        split.hold(args.shuffle_buffer_size, workers)
         places = StreamPlaces(shards=shards, num_workers=workers, buffer_size=args.shuffle_buffer_size, **course)
     else:
         places = TrainPlaces(num_samples=len(batches), repeats=args.aug_repeats, **course)
@@ -298,13 +300,15 @@ def make_evaluate(
     accelerator: accelerate.Accelerator,
     faults: Faults,
     class_index: list[int] | None = None,
+    keep: bool = True,
 ) -> Callable[[], dict[str, float]]:
     """A function that evaluates the model as it then is; what can be kept decoded is decoded once.
 
     Args:
         class_index: the model's index of each class of the dataset, where they differ.
+        keep: whether it will be evaluated again and again.
     """
-    batches = open_batches(args, split, preprocessing, accelerator.device, class_index=class_index)
+    batches = open_batches(args, split, preprocessing, accelerator.device, class_index=class_index, keep=keep)
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)
     workers = workers_per_process(args, accelerator)
@@ -330,9 +334,15 @@ def show_augmentation(args: Any, splits: ImageSplits, size: Any, images: int = 8
     preprocessing = dataclasses.replace(preprocessing, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
     kind, amount = parse_random_crop(args.random_crop)
     device = torch.device("cpu")
-    make = functools.partial(open_batches, args, splits.train, preprocessing, device, training=True)
-    batches, plain = make(crop_scale=amount if kind == "scale" else None), make()
-    augment = make_augment(args, preprocessing, len(splits.class_names), device, batches.pixels is not None)
+    crops = kind == "scale"
+    rows = splits.train
+    if isinstance(rows, datasets.Dataset):
+        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crops=True)
+    elif isinstance(rows, ParquetRows):
+        rows.held_rows = len(rows)  # the few that are shown are read once
+    make = functools.partial(open_batches, args, rows, preprocessing, device, training=True, keep=False)
+    batches, plain = make(crop_scale=amount if crops else None), make()
+    augment = make_augment(args, preprocessing, len(splits.class_names), device, crops_on_device=not crops)
     index = epoch_order(args.seed, 0, len(batches))[:images]
 
     def take(source: ImageBatches, visit: int) -> dict[str, torch.Tensor]:
@@ -374,7 +384,7 @@ class DataReport:
     def collect(self) -> dict[str, int]:
         """{"bad_images": distinct rows of both splits that were left out so far}; {} where none may be."""
         retried, self.train.retried, self.eval.retried = self.train.retried + self.eval.retried, [], []
-        for reason in retried if self.output_dir is not None else ():
+        for reason in retried if self.output_dir is not None and self.output_dir.is_dir() else ():
             append_event(self.output_dir, "retry", why=reason, rank=self.accelerator.process_index)
         if self.on_bad_image == "raise":
             return {}

@@ -148,7 +148,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             first_step=manifest.get("step", 0),
         )
     finally:
-        batches.close()  # and the workers with it
+        batches.close()
     export(args, state, preprocessing, resolved, report.collect(), name, start_time)
 
 

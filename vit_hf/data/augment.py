@@ -77,7 +77,7 @@ def random_resized_crop(pixels: Tensor, boxes_: np.ndarray, flipped: np.ndarray)
 
 def random_padded_crop(pixels: Tensor, keys: np.ndarray, padding: int, flipped: np.ndarray) -> Tensor:
     """Shifts each image by up to `padding` pixels in both directions, black comes in, and mirrors the flipped ones:
-    uint8 (B, H, W, C), same shape. With no padding it only mirrors.
+    uint8 (B, H, W, C), same shape.
 
     Source: the CIFAR augmentation of arXiv 1512.03385, section 4.2.
     """
@@ -91,7 +91,7 @@ def random_padded_crop(pixels: Tensor, keys: np.ndarray, padding: int, flipped: 
         to_device((row * padded_width).astype(np.int32), pixels.device),
         to_device(column.astype(np.int32), pixels.device),
     )
-    padded = torch.nn.functional.pad(pixels, (0, 0, padding, padding, padding, padding)) if padding else pixels
+    padded = torch.nn.functional.pad(pixels, (0, 0, padding, padding, padding, padding))
     source = row[:, :, None] + column[:, None, :]
     return padded.reshape(-1, channels).index_select(0, source.flatten()).view(batch, height, width, channels)
 
@@ -222,8 +222,11 @@ class Augment:
         flipped = flips(keys, self.flip)
         if kind == "scale":
             pixels = random_resized_crop(pixels, resized_crop_boxes(keys, (height, width), amount), flipped)
-        elif kind == "padding" or flipped.any():
+        elif kind == "padding":
             pixels = random_padded_crop(pixels, keys, int(amount), flipped)
+        elif flipped.any():
+            rows = to_device(np.flatnonzero(flipped), pixels.device)
+            pixels = pixels.index_copy(0, rows, pixels.index_select(0, rows).flip(2))
         if self.policies:
             program = chain([policy(keys, (height, width)) for policy in self.policies])
             pixels = apply_program(pixels, program, self.fill)

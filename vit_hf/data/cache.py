@@ -1,7 +1,7 @@
 """Sets that are decoded once: all pixels in one file in the cache of `datasets`, mapped into memory.
 
     vit_hf_pixels/KEY.npy     uint8 (N, H, W, 3)
-    vit_hf_pixels/KEY.json    the rows that did not decode, {row: reason}; written before the pixels get their name
+    vit_hf_pixels/KEY.json    the rows that did not decode, with the reasons; written before the pixels get their name
 
 KEY is a hash of the set's fingerprint and of everything that decoding depends on. One process makes the file while the
 others of its machine wait at a lock; a file with its final name is whole. This module must not know about batches.
@@ -71,14 +71,32 @@ def decoded(
     state = [*source_state(rows.dataset), json.dumps(decides), pillow_version, str(FORMAT)]
     key = hashlib.sha256("\n".join(state).encode()).hexdigest()[:32]
     final, notes = folder / f"{key}.npy", folder / f"{key}.json"
-    if not final.exists():
+    shape = (len(rows), *preprocessing.image_size, 3)
+    found = _read(final, notes, shape)
+    if found is None:
         with FileLock(folder / f"{key}.lock"):
-            if not final.exists():
+            found = _read(final, notes, shape)  # another process may have made it meanwhile
+            if found is None:
                 for left in folder.glob(f"{key}.*tmp"):  # by a process that was killed: we hold the lock
                     left.unlink()
                 _make(rows, preprocessing, final, notes)
-    bad = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
-    return np.asarray(np.load(final, mmap_mode="r")), bad
+                found = _read(final, notes, shape, fresh=True)
+    return found
+
+
+def _read(
+    final: Path, notes: Path, shape: tuple[int, ...], fresh: bool = False
+) -> tuple[np.ndarray, dict[int, str]] | None:
+    """What the files hold; None where one is missing or damaged, or a file of the set could not be read when they were
+    made: unless they are `fresh`, it may be there now."""
+    try:
+        content = json.loads(notes.read_text())
+        pixels = np.asarray(np.load(final, mmap_mode="r"))
+    except (OSError, ValueError):
+        return None
+    if pixels.shape != shape or (content["unread"] and not fresh):
+        return None
+    return pixels, {int(row): reason for row, reason in content["bad"].items()}
 
 
 def _make(rows: TableRows, preprocessing: Preprocessing, final: Path, notes: Path) -> None:
@@ -88,6 +106,7 @@ def _make(rows: TableRows, preprocessing: Preprocessing, final: Path, notes: Pat
         pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         _reserve(temporary)
         bad: dict[int, str] = {}
+        unread = []
 
         def decode(first: int) -> int:
             index = np.arange(first, min(first + 64, len(rows)))
@@ -95,6 +114,7 @@ def _make(rows: TableRows, preprocessing: Preprocessing, final: Path, notes: Pat
                 result = decode_row(image, preprocessing)
                 if isinstance(result, str):
                     bad[row] = result
+                    unread.extend([row] if image["bytes"] is None else [])
                 else:
                     pixels[row] = result
             return len(index)
@@ -105,7 +125,7 @@ def _make(rows: TableRows, preprocessing: Preprocessing, final: Path, notes: Pat
                 bar.update(count)
         pixels.flush()
         notes_temporary = notes.with_suffix(".json.tmp")
-        notes_temporary.write_text(json.dumps(bad))
+        notes_temporary.write_text(json.dumps({"bad": bad, "unread": sorted(unread)}))
         notes_temporary.replace(notes)
         temporary.replace(final)
     except OSError as error:

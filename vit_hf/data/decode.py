@@ -4,16 +4,27 @@ This module must not know about batches, epochs or devices.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-# what Pillow raises for bytes that are no image, are cut off, or are absurdly large
-DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+# what Pillow raises for bytes that are no image, are cut off, changed or absurdly large: beside its own errors nearly
+# anything (struct.error, TypeError, RuntimeError, MemoryError), by format
+DECODE_ERRORS = (Exception,)
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the orientation that a camera noted
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,8 @@ def _open(value: Any) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     if image.format == "JPEG" and "exif" not in image.info:  # nearly all: asking for tags would cost time
         return image
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
+    method = TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if method is None else image.transpose(method)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -137,6 +148,10 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
         short, long = sorted(image.size)
         sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
         sides = sides if image.width <= image.height else sides[::-1]
+    if sides[0] * sides[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(
+            f"a shape of {image.width} x {image.height}, resized to {sides[0]} x {sides[1]}"
+        )
     image = image.resize(sides, preprocessing.resample)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
@@ -147,8 +162,8 @@ def crop_to_pixels(
     box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]],
     preprocessing: Preprocessing,
 ) -> np.ndarray:
-    """Cuts a box of an undecoded row, to whole pixels, and resizes it with torch's antialiased filter, which does what
-    Pillow's does in less than half the time: uint8 (H, W, 3).
+    """Cuts a box of an undecoded row, to whole pixels, and resizes it with torch's antialiased bilinear filter, which
+    does what Pillow's does in less than half the time: uint8 (H, W, 3).
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where the box still has the pixels it needs.
 
@@ -171,12 +186,11 @@ def crop_to_pixels(
         x, y = rgb.width / full_width, rgb.height / full_height
         left, right = round(left * x), round((left + box_width) * x)
         top, bottom = round(top * y), round((top + box_height) * y)
-        cut = np.asarray(rgb)[top : max(bottom, top + 1), left : max(right, left + 1)]
+        cut = np.array(rgb.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
     import torch  # not at the top: processes that only decode whole images start without it
 
-    kind = {Image.Resampling.BILINEAR: "bilinear"}.get(preprocessing.resample, "bicubic")
-    channels_first = torch.from_numpy(cut.copy() if not cut.flags.writeable else cut).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(channels_first, (height, width), mode=kind, antialias=True)
+    channels_first = torch.from_numpy(cut).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(channels_first, (height, width), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 

@@ -7,11 +7,11 @@ run can start at any step. Evaluation takes every sample exactly once.
 
 import atexit
 import ctypes
-import multiprocessing
 import queue
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,6 +176,7 @@ class ImageBatches(torch.utils.data.Dataset):
             for start in range(0, len(self.pixels), 8192):
                 part = torch.from_numpy(self.pixels[start : start + 8192].copy())
                 self.on_device[start : start + len(part)] = part.to(device)
+            torch.cuda.synchronize(device)  # it is read on another stream
 
     def __getitem__(self, places: Places) -> dict[str, Any]:
         bad: dict[int, str] = {}
@@ -251,18 +252,19 @@ def _in_worker(worker: int) -> None:
     hand, saves, and then ends its workers. One that is killed takes them along."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+_OPEN: "weakref.WeakSet[DeviceBatches]" = weakref.WeakSet()
+
+
 @atexit.register
 def _end_workers() -> None:
     """Before multiprocessing asks them to end by a signal that they leave to the parent, and waits for them."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    for loader in list(_OPEN):
+        loader.close()
 
 
 class DeviceBatches:
@@ -289,7 +291,10 @@ class DeviceBatches:
         faults: Faults,
         ahead: int | None = None,
     ):
+        if device.type == "cuda" and device.index is None:  # accelerate's, of a single process
+            device = torch.device("cuda", torch.cuda.current_device())
         self.batches, self.device, self.faults = batches, device, faults
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
         workers = 0 if batches.pixels is not None else num_workers
         self.loader = torch.utils.data.DataLoader(
@@ -302,17 +307,34 @@ class DeviceBatches:
             generator=torch.Generator(),  # or else it would draw from the one that dropout uses
             worker_init_fn=_in_worker,
         )
+        _OPEN.add(self)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that did not come to an end in time
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         host = iter(self.loader)  # workers are started by this thread: they end with the one that started them
-        for batch, copied in self._prefetched(host) if self.ahead else map(self._move, host):
-            self._report(batch)
-            if copied is not None:
-                stream = torch.cuda.current_stream(self.device)
-                stream.wait_event(copied)
-                for name in ("pixel_values", "labels", "valid"):
-                    batch[name].record_stream(stream)
-            yield batch
+        try:
+            for batch, copied in self._prefetched(host) if self.ahead else map(self._move, host):
+                self._report(batch)
+                if copied is not None:
+                    stream = torch.cuda.current_stream(self.device)
+                    stream.wait_event(copied)
+                    for name in ("pixel_values", "labels", "valid"):
+                        batch[name].record_stream(stream)
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a worker process that decodes images was killed, as a system does that is out of memory: lower "
+                "--dataloader_num_workers"
+            ) from None
 
     def _prefetched(self, host: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
         """What `_move` gives for each batch of the host, worked on ahead by a thread."""
@@ -336,11 +358,9 @@ class DeviceBatches:
 
     def _fill(self, host: Iterator[dict[str, Any]], ready: queue.Queue, stop: threading.Event) -> None:
         try:
-            stream = None
-            if self.device.type == "cuda":
+            if self.stream is not None:
                 torch.cuda.set_device(self.device)  # a thread starts at the first one
-                stream = torch.cuda.Stream(self.device)
-            with torch.cuda.stream(stream):  # None is no stream
+            with torch.cuda.stream(self.stream):  # None is no stream
                 for batch in host:
                     if stop.is_set():
                         return

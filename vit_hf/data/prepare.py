@@ -38,6 +38,7 @@ import numpy as np
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -141,8 +142,11 @@ def prepare(
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
         if recorded is None:
             _write_text(output_dir / "prepare.json", json.dumps(content, indent=1) + "\n")
-        digests = _make(shards, work, min(num_processes or _cores(), len(shards)))
-        _describe(output_dir, content, shards, digests)
+        with FileLock(output_dir / ".prepare.lock", timeout=0):
+            digests = _make(shards, work, min(num_processes or _cores(), len(shards)))
+            _describe(output_dir, content, shards, digests)
+    except Timeout:
+        raise UserError(f"--output_dir {output_dir}: another process is writing this copy; let it finish") from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from vit_hf.errors import UserError
 
@@ -46,7 +47,9 @@ def patiently(read: Callable[[], T], name: str, retried: list[str]) -> T:
     for wait in (*WAITS_SECONDS, None):
         try:
             return read()
-        except Exception as error:  # fsspec, pyarrow, httpx and the system each have their own
+        except Exception as error:
+            if not _may_pass(error):
+                raise
             reason = f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if wait is None or getattr(error, "errno", None) in LASTING or isinstance(error, FileNotFoundError):
                 raise UserError(f"cannot be read: {reason}") from None
@@ -110,6 +113,12 @@ class TableRows:
                 except UserError:
                     pass
         return images, self.labels[index]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error comes from storage or network; fsspec, pyarrow, httpx and the system each have their own."""
+    foreign = type(error).__module__.split(".")[0] in ("httpx", "httpcore", "aiohttp", "requests", "huggingface_hub")
+    return foreign or isinstance(error, OSError | TimeoutError | pa.ArrowException)
 
 
 def _file(path: str) -> bytes:

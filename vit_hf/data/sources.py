@@ -160,8 +160,8 @@ def _load_streamed(
     """As `load_image_splits`, with rows that are read when they are needed."""
     if subset.per_class is not None or subset.classes is not None:
         raise UserError(
-            "--streaming: --subset_per_class and --subset_classes would have to read all labels first; allowed is "
-            "--subset_fraction, or a copy by `vit-hf data prepare`"
+            "--streaming: a subset of classes or by class (--subset_classes, --subset_per_class, or a model of fewer "
+            "classes) would have to read all labels first; allowed is --subset_fraction, or a copy by `vit-hf data prepare`"
         )
     notes: list[str] = []
     if name == "fractal":
@@ -177,7 +177,7 @@ def _load_streamed(
         open_split = functools.partial(FractalRows, options)
     else:
         shards, features = _find_shards(name, config_name, revision, cache_dir)
-        heads = {split: head(files, features) for split, files in shards.items()}
+        heads = {split: head(files, features) for split, files in shards.items()}  # their first rows
         train_name = _train_split_name(heads, train_split, needed=need_train)
         eval_name = _eval_split_name(heads, eval_split, train_name, label_column, notes)
         if eval_name is None:
@@ -231,7 +231,10 @@ def _find_shards(
 
 
 def _listed(source: dict) -> str:
-    return ", ".join(f"{name} ({len(split)} rows)" for name, split in source.items())
+    return ", ".join(
+        f"{name} ({len(split)} rows)" if isinstance(split, datasets.Dataset) and len(split) else name
+        for name, split in source.items()
+    )
 
 
 def _load_source(name: str, config_name: str | None, revision: str | None, cache_dir: str | None) -> dict:
@@ -266,7 +269,7 @@ def _resolve(name: str) -> tuple[str, bool]:
 def named_source(name: str) -> str:
     """The Hub id of a set, also of one that was copied by `vit-hf data prepare`; any other name as it is."""
     try:
-        name = json.loads((Path(name) / "prepare.json").read_text())["source"]["dataset_name"]
+        name = json.loads((Path(name).expanduser() / "prepare.json").read_text())["source"]["dataset_name"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return HUB_SETS.get(name, name)

@@ -52,16 +52,24 @@ class ParquetRows(LazyRows):
         class_names: list[str],
     ):
         self.files, self.columns, self.held_rows = files, [image_column, label_column], 0
-        self.retried: list[str] = []
+        self.retried = []
         with ThreadPoolExecutor(16) as pool:  # a footer is a small read over a long way
             footers = list(pool.map(self._footer, files))
         sizes = [[footer.row_group(number).num_rows for number in range(footer.num_row_groups)] for footer in footers]
         self.group_file = np.repeat(np.arange(len(files)), [len(groups) for groups in sizes])
         self.group_number = np.concatenate([np.arange(len(groups)) for groups in sizes]).astype(np.int64)
         self.group_start = np.cumsum([0, *(rows for groups in sizes for rows in groups)])
+        retried = self.retried
         super().__init__(int(self.group_start[-1]), class_names)
+        self.retried = retried
         self._groups: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._open: collections.OrderedDict[int, pq.ParquetFile] = collections.OrderedDict()
+
+    def hold(self, buffer_size: int, num_workers: int) -> None:
+        """Keeps so many rows in each worker that a row group is rarely read twice: its share of the shuffle buffer, half
+        as many for those drawn late, and the groups at either end."""
+        largest = int(np.diff(self.group_start).max(initial=0))
+        self.held_rows = math.ceil(1.5 * buffer_size / max(1, num_workers)) + 2 * largest
 
     def shards(self) -> list[np.ndarray]:
         """The indices that lie in each shard, int64 each; shards of which no row is kept are left out."""
@@ -222,11 +230,6 @@ class StreamPlaces:
             drawn = uniform(sample_keys(self.seed, np.full_like(index, epoch), index), _DISPLACE)
             self._orders[stream, epoch] = index[np.argsort(np.arange(len(index)) + self.buffer_size * drawn)]
         return self._orders[stream, epoch]
-
-
-def held_rows(buffer_size: int, num_workers: int) -> int:
-    """Rows that a worker holds so that a row group is rarely read twice: its share of the buffer, and half as many."""
-    return math.ceil(1.5 * buffer_size / max(1, num_workers))
 
 
 def parquet_splits(name: str, builder: datasets.DatasetBuilder) -> dict[str, list[str]]:

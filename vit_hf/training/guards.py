@@ -77,5 +77,6 @@ def out_of_memory(micro_batch_size: int, training: bool) -> UserError:
         return UserError("out of device memory in the evaluation; lower --per_device_eval_batch_size")
     return UserError(
         f"out of device memory with {micro_batch_size} images at once; lower --per_device_train_batch_size (the "
-        "global batch stays: accumulation grows), or set --gradient_checkpointing"
+        "global batch stays: accumulation grows), set --gradient_checkpointing, or leave the set on the host: "
+        "--data_on_device never"
     )
