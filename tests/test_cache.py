@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 
 from tests.runs import ROOT, python
-from tests.test_loader import BAD, image_set
+from tests.test_loader import BAD, image_set, png
 from vit_hf.data import cache
 from vit_hf.data.cache import decoded, worth_decoding
 from vit_hf.data.decode import Preprocessing, open_image, to_pixels
@@ -137,7 +138,30 @@ def test_a_set_is_decoded_once_where_it_fits_and_loses_nothing(monkeypatch):
     assert not worth_decoding(rows, Preprocessing((19, 32)), crops=True)
 
 
-def test_notes_are_plain_json(tmp_path):
-    decoded(TableRows(image_set(bad=BAD)), PREPROCESSING, tmp_path)
-    (name,) = files(tmp_path, ".json")
-    assert set(json.loads((tmp_path / "vit_hf_pixels" / name).read_text())) == {"4", "7"}
+@pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes"])
+def test_a_damaged_cache_is_made_anew(tmp_path, damage):
+    before, _ = decoded(TableRows(image_set(bad=BAD)), PREPROCESSING, tmp_path)
+    before = before.copy()
+    notes, pixels = (tmp_path / "vit_hf_pixels" / files(tmp_path, suffix)[0] for suffix in (".json", ".npy"))
+    if damage == "no notes":
+        notes.unlink()
+    elif damage == "short file":
+        pixels.write_bytes(pixels.read_bytes()[:500])
+    else:
+        notes.write_text("{")
+    again, bad = decoded(TableRows(image_set(bad=BAD)), PREPROCESSING, tmp_path)
+    assert np.array_equal(again, before) and set(bad) == {4, 7}
+    assert set(json.loads(notes.read_text())["bad"]) == {"4", "7"}
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_at_the_next_start(tmp_path):
+    """An outage of the storage is not remembered as a bad image."""
+    rows = image_set(4).to_list()
+    path = tmp_path / "one.png"
+    rows[1]["image"] = {"bytes": None, "path": str(path)}
+    dataset = datasets.Dataset.from_list(rows, features=image_set(1).features)
+    _, bad = decoded(TableRows(dataset), PREPROCESSING, tmp_path)
+    assert set(bad) == {1} and "one.png" in bad[1]
+    path.write_bytes(png(1))
+    pixels, bad = decoded(TableRows(dataset), PREPROCESSING, tmp_path)
+    assert bad == {} and pixels[1].any()

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
@@ -298,3 +298,33 @@ def test_exported_processor_names_a_class_of_transformers(tmp_path):
     assert (
         json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "ViTImageProcessor"
     )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP"])
+def test_no_damage_to_a_file_is_more_than_a_bad_image(kind):
+    """Single bytes changed all over the file, the camera's notes included: pixels or a reason, never an exception."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture(20, 14), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+    rng = np.random.RandomState(0)
+    for _ in range(150):
+        changed = bytearray(data)
+        for place in rng.randint(0, min(len(data), 300), 2):
+            changed[place] = rng.randint(256)
+        result = decode_row({"bytes": bytes(changed), "path": "x"}, PREPROCESSINGS["square"])
+        assert isinstance(result, str) or result.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(7, 5), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(open_image({"bytes": data, "path": None})), np.asarray(expected))
+
+
+def test_a_strip_that_would_be_resized_to_gigabytes_is_a_bad_image():
+    data = encoded(Image.new("RGB", (2, 65000)))
+    result = decode_row({"bytes": data, "path": "x"}, Preprocessing((224, 224), shortest_edge=256))
+    assert "DecompressionBomb" in result and "2 x 65000" in result

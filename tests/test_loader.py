@@ -387,3 +387,32 @@ def test_a_read_that_fails_is_tried_again_with_back_off(monkeypatch, batches_of,
     (batch,) = moved(batches_of(dataset), train_places(num_samples=4, total_steps=1), faults=faults)
     assert batch["valid"].all() and waits == [0.5, 2.0]
     assert len(faults.retried) == 2 and "a.png" in faults.retried[0] and "Input/output error" in faults.retried[0]
+
+
+# --- workers that die, devices without a number ---
+
+
+def test_a_killed_worker_is_one_line(batches_of):
+    loader = DeviceBatches(batches_of(image_set(30)), train_places(total_steps=10_000), CPU, 1, Faults())
+    with pytest.raises(UserError, match="worker process that decodes images was killed.*--dataloader_num_workers"):
+        for number, _ in enumerate(loader):
+            if number == 0:
+                loader.loader._iterator._workers[0].kill()
+    loader.close()
+
+
+def test_close_ends_the_workers(batches_of):
+    loader = DeviceBatches(batches_of(image_set(30)), train_places(total_steps=10_000), CPU, 2, Faults())
+    next(iter(loader))
+    workers = loader.loader._iterator._workers
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_gpu_without_a_number_is_the_present_one(monkeypatch, batches_of):
+    """accelerate gives a single process `cuda`, which a thread cannot be set to."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    places = train_places(total_steps=1)
+    loader = DeviceBatches(batches_of(image_set()), places, torch.device("cuda"), 0, Faults())
+    assert loader.device == loader.stream == torch.device("cuda", 3)

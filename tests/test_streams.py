@@ -18,7 +18,7 @@ from vit_hf.data import streams
 from vit_hf.data.fractals import FractalRows, parse_options, render
 from vit_hf.data.loader import DeviceBatches, Faults, ImageBatches
 from vit_hf.data.sources import load_image_splits
-from vit_hf.data.streams import ParquetRows, StreamPlaces, held_rows, keep_fraction
+from vit_hf.data.streams import ParquetRows, StreamPlaces, keep_fraction
 from vit_hf.data.subset import SubsetRule
 from vit_hf.errors import UserError
 
@@ -83,17 +83,20 @@ def test_rows_are_those_of_the_shards_in_any_order(folder):
     assert labels.tolist() == (index % 3).tolist() and images[0]["path"] == f"{index[0]}.png"
 
 
-def test_only_the_row_groups_at_hand_are_held(folder, monkeypatch):
-    """A walk in stream order reads each group once, and holds no more than it says."""
+@pytest.mark.parametrize("buffer_size", [3, 24])  # below and above a row group
+def test_only_the_row_groups_at_hand_are_held(folder, monkeypatch, buffer_size):
+    """A walk in stream order reads each group about once, and holds no more than it says."""
     rows = rows_of(folder)
-    rows.held_rows = held_rows(24, 0)
+    rows.hold(buffer_size, 0)
     read, held = [], 0
     original = rows._read_group
     monkeypatch.setattr(rows, "_read_group", lambda group: (read.append(group), original(group))[1])
-    for batch in places(rows, total_steps=16):
+    for batch in places(rows, total_steps=16, buffer_size=buffer_size):
         rows.read(batch.index)
         held = max(held, sum(len(table) for table in rows._groups.values()))
-    assert held <= 36 and len(rows.group_file) <= len(read) <= 1.2 * len(rows.group_file)
+    assert held <= rows.held_rows <= 1.5 * buffer_size + 21 and len(rows.group_file) <= len(read) <= 1.2 * len(
+        rows.group_file
+    )
     assert set(read) == set(range(len(rows.group_file)))
 
 
