@@ -485,3 +485,14 @@ def test_digests_in_the_checksums_are_those_of_the_files(mixed):
     for line in (mixed[0] / "checksums.sha256").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((mixed[0] / name).read_bytes()).hexdigest() == digest
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path):
+    from vit_hf.data.prepare import _alone
+
+    (tmp_path / "prepare.json").write_text("{}")
+    with _alone(tmp_path):
+        with pytest.raises(UserError, match="another process is writing this copy"), _alone(tmp_path):
+            pass
+    with _alone(tmp_path):
+        pass

@@ -38,7 +38,6 @@ import numpy as np
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -142,16 +141,30 @@ def prepare(
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
         if recorded is None:
             _write_text(output_dir / "prepare.json", json.dumps(content, indent=1) + "\n")
-        with FileLock(output_dir / ".prepare.lock", timeout=0):
+        with _alone(output_dir):
             digests = _make(shards, work, min(num_processes or _cores(), len(shards)))
             _describe(output_dir, content, shards, digests)
-    except Timeout:
-        raise UserError(f"--output_dir {output_dir}: another process is writing this copy; let it finish") from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise _disk_full(output_dir, shards) from None
     return _summary(shards)
+
+
+@contextlib.contextmanager
+def _alone(output_dir: Path) -> Iterator[None]:
+    """Raises UserError where another process is writing the same copy."""
+    with open(output_dir / "prepare.json", "r") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--output_dir {output_dir}: another process is writing this copy; let it finish"
+                ) from None
+        yield
 
 
 # ---- what the copy is ----

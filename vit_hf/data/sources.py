@@ -153,6 +153,10 @@ def load_image_splits(
     )
 
 
+class _Heads(dict):
+    """The splits of a stream, of which the first rows alone are read."""
+
+
 def _load_streamed(
     name, config_name, revision, image_column, label_column, train_split, eval_split,
     subset, max_train_samples, max_eval_samples, seed, need_train, cache_dir,
@@ -177,7 +181,7 @@ def _load_streamed(
         open_split = functools.partial(FractalRows, options)
     else:
         shards, features = _find_shards(name, config_name, revision, cache_dir)
-        heads = {split: head(files, features) for split, files in shards.items()}  # their first rows
+        heads = _Heads({split: head(files, features) for split, files in shards.items()})
         train_name = _train_split_name(heads, train_split, needed=need_train)
         eval_name = _eval_split_name(heads, eval_split, train_name, label_column, notes)
         if eval_name is None:
@@ -231,10 +235,9 @@ def _find_shards(
 
 
 def _listed(source: dict) -> str:
-    return ", ".join(
-        f"{name} ({len(split)} rows)" if isinstance(split, datasets.Dataset) and len(split) else name
-        for name, split in source.items()
-    )
+    if isinstance(source, _Heads):
+        return ", ".join(source)
+    return ", ".join(f"{name} ({len(split)} rows)" for name, split in source.items())
 
 
 def _load_source(name: str, config_name: str | None, revision: str | None, cache_dir: str | None) -> dict:
