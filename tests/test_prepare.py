@@ -453,7 +453,7 @@ class FullDisk(io.FileIO):
 def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(tmp_path, monkeypatch):
     folder = plain_folder(tmp_path / "set", 10, 1)
 
-    def open_on_full_disk(path, mode):
+    def open_on_full_disk(path, mode="r"):
         return FullDisk(path, "w") if path.name.startswith(".train-00001") else open(path, mode)
 
     monkeypatch.setattr(module, "open", open_on_full_disk, raising=False)

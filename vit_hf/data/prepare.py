@@ -154,7 +154,7 @@ def prepare(
 @contextlib.contextmanager
 def _alone(output_dir: Path) -> Iterator[None]:
     """Raises UserError where another process is writing the same copy."""
-    with open(output_dir / "prepare.json", "r") as file:
+    with open(output_dir / "prepare.json") as file:
         if os.name == "posix":
             import fcntl
 
