@@ -162,9 +162,10 @@ class ImageBatches(torch.utils.data.Dataset):
         """The error for a run that does not skip bad images."""
         row, reason = min(bad.items())
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        return UserError(
-            f"image in row {row} does not decode{more}: {reason}; --on_bad_image skip leaves such rows out"
-        )
+        hint = "--on_bad_image skip leaves such rows out"
+        if self.on_bad_image == "skip":
+            hint = "and no row that does was found in its place"
+        return UserError(f"image in row {row} does not decode{more}: {reason}; {hint}")
 
     def place_on_device(self, device: torch.device) -> None:
         """Moves a decoded set to the device, where it fits DEVICE_SHARE of its memory."""
