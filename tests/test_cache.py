@@ -138,7 +138,7 @@ def test_a_set_is_decoded_once_where_it_fits_and_loses_nothing(monkeypatch):
     assert not worth_decoding(rows, Preprocessing((19, 32)), crops=True)
 
 
-@pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes"])
+@pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes", "other notes"])
 def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     before, _ = decoded(TableRows(image_set(bad=BAD)), PREPROCESSING, tmp_path)
     before = before.copy()
@@ -148,7 +148,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     elif damage == "short file":
         pixels.write_bytes(pixels.read_bytes()[:500])
     else:
-        notes.write_text("{")
+        notes.write_text("{" if damage == "broken notes" else "{}")
     again, bad = decoded(TableRows(image_set(bad=BAD)), PREPROCESSING, tmp_path)
     assert np.array_equal(again, before) and set(bad) == {4, 7}
     assert set(json.loads(notes.read_text())["bad"]) == {"4", "7"}

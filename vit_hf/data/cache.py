@@ -91,12 +91,13 @@ def _read(
     made: unless they are `fresh`, it may be there now."""
     try:
         content = json.loads(notes.read_text())
+        bad = {int(row): reason for row, reason in content["bad"].items()}
         pixels = np.asarray(np.load(final, mmap_mode="r"))
-    except (OSError, ValueError):
+        if pixels.shape != shape or (content["unread"] and not fresh):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or not one of ours
         return None
-    if pixels.shape != shape or (content["unread"] and not fresh):
-        return None
-    return pixels, {int(row): reason for row, reason in content["bad"].items()}
+    return pixels, bad
 
 
 def _make(rows: TableRows, preprocessing: Preprocessing, final: Path, notes: Path) -> None:
