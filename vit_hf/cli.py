@@ -152,6 +152,7 @@ def evaluate(argv: list[str]) -> None:
     from vit_hf.hub.export import write_json
     from vit_hf.models.presets import load_pretrained
     from vit_hf.parts import DataReport, main_process_first, make_evaluate, model_errors, start
+    from vit_hf.training.accelerator import end
 
     accelerator = start(args)
     with model_errors(args):
@@ -195,7 +196,7 @@ def evaluate(argv: list[str]) -> None:
         write_json(results, folder / "eval_results.json")
         print("\n".join(f"{key:20} {_show(value)}" for key, value in results.items()))
         print(f"written to {folder / 'eval_results.json'}")
-    accelerator.end_training()
+    end(accelerator)
 
 
 def trained_seed(args: EvaluateArguments) -> int:

@@ -39,7 +39,7 @@ from vit_hf.parts import (
     workers_per_process,
 )
 from vit_hf.training import checkpoint
-from vit_hf.training.accelerator import zero_stage
+from vit_hf.training.accelerator import end, zero_stage
 from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.loop import LoopSettings, train
 from vit_hf.training.objective import soft_cross_entropy
@@ -337,8 +337,7 @@ def export(
         )
         if args.push_to_hub:
             push_folder(args, output_dir, name)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # closes the trackers and the process group
+    end(accelerator)
 
 
 def push_folder(args: RunArguments, output_dir: Path, name: str) -> None:

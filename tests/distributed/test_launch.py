@@ -65,7 +65,7 @@ def test_two_processes_take_the_course_of_one(config, stage, single, tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         assert two[name].dtype == torch.float32
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=5e-4)  # AdamW: 6 steps of up to 1e-3
     rates = [line["learning_rate"] for line in lines(folder)]
     assert rates == [line["learning_rate"] for line in lines(single)]  # not stepped once a process
 

@@ -4,6 +4,7 @@ recipe owns (batch sizes, clipping) are filled into DeepSpeed's config here."""
 import ctypes
 import os
 import sys
+import time
 from datetime import timedelta
 
 import accelerate
@@ -91,6 +92,16 @@ def apply_batch_plan(accelerator: accelerate.Accelerator, plan: BatchPlan, max_g
             gradient_clipping=max_grad_norm,
             steps_per_print=10**9,  # our log lines are enough
         )
+
+
+def end(accelerator: accelerate.Accelerator) -> None:
+    """Closes the trackers and the process group, when all processes have come here."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        # A thread of gloo lets go of the last collective's tensors, for which it needs the interpreter. DDP's engine,
+        # when it is freed, waits for that thread and holds the interpreter meanwhile: so let the thread go first.
+        time.sleep(0.1)
 
 
 def share_buffers(accelerator: accelerate.Accelerator, model: nn.Module) -> None:
