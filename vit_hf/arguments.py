@@ -510,9 +510,11 @@ def parse_channels(name: str, text: str | None) -> list[float] | None:
         len(numbers) not in (1, 3)
         or not all(map(math.isfinite, numbers))
         or (name == "image_std" and min(numbers) <= 0)
+        or (name == "image_mean" and not 0 <= min(numbers) <= max(numbers) <= 1)
     ):
         raise ArgumentError(
-            f"--{name}: {text!r} is not one number or three by comma" + " above 0" * (name == "image_std")
+            f"--{name}: {text!r} is not one number or three by comma, "
+            + ("above 0" if name == "image_std" else "from 0 to 1 (of grey levels divided by 255)")
         )
     return numbers * (3 // len(numbers))
 

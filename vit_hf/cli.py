@@ -253,15 +253,20 @@ def prepare_data(argv: list[str]) -> None:
     for note in splits.notes:
         print(f"note: {note}")
     decides = ("dataset_name", "dataset_config_name", "revision", "max_train_samples", "max_eval_samples", "seed")
-    written = prepare(
-        splits,
-        Path(args.output_dir),
-        source={name: getattr(args, name) for name in decides},
-        shorter_side=args.shorter_side,
-        jpeg_quality=args.jpeg_quality,
-        num_processes=args.num_proc,
-        on_bad_image=args.on_bad_image,
-    )
+    try:
+        written = prepare(
+            splits,
+            Path(args.output_dir),
+            source={name: getattr(args, name) for name in decides},
+            shorter_side=args.shorter_side,
+            jpeg_quality=args.jpeg_quality,
+            rows_per_shard=min(4096, max(100, -(-len(splits.train) // 32))),  # small sets too have shards to deal out
+            num_processes=args.num_proc,
+            on_bad_image=args.on_bad_image,
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; finished shards are kept, and the same command goes on", file=sys.stderr)
+        raise
     for split, counts in written.items():
         left_out = f", {counts['skipped']} left out" if counts["skipped"] else ""
         print(
@@ -277,6 +282,9 @@ def show_data(argv: list[str]) -> None:
         raise ArgumentError("--dataset_name is missing")
     check_subset(args)
     check_augmentation(args)
+    formats = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+    if Path(args.output_file).suffix.lower() not in formats:
+        raise ArgumentError(f"--output_file: {args.output_file} is not a picture, allowed are {', '.join(formats)}")
     import numpy as np
 
     from vit_hf.analysis.figures import contact_sheet
