@@ -384,9 +384,8 @@ def check(args: RunArguments) -> None:
         raise ArgumentError(f"give one of --num_train_epochs and --max_steps: {found}")
     if args.num_train_epochs is not None and args.num_train_epochs <= 0:
         raise ArgumentError(f"--num_train_epochs: {args.num_train_epochs} is out of range, allowed is more than 0")
-    for first, second in ALTERNATIVES[2:3]:
-        if getattr(args, first) is not None and getattr(args, second) is not None:
-            raise ArgumentError(f"give only one of --{first} and --{second}")
+    if args.warmup_steps is not None and args.warmup_ratio is not None:
+        raise ArgumentError("give only one of --warmup_steps and --warmup_ratio")
     for needed in ("dataset_name", "output_dir"):
         if not getattr(args, needed):
             raise ArgumentError(f"--{needed} is missing")

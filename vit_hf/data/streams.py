@@ -1,11 +1,11 @@
 """Sets larger than the disk: parquet shards, local or on the Hub, read in pieces as they are needed.
 
 Job: the rows of a split by index, where only the row groups at hand are held; an order of training samples in which
-each worker of each process stays inside a few shards; and loading such splits.
+each worker of each process stays inside a few shards; what the shards of a set are.
 Must not know: pixels, models, training.
 
 There is no state to save. A stream is one worker's share of the shards, drawn anew for each epoch from (seed, epoch);
-inside it a row is moved back by up to the size of the shuffle buffer, drawn from (seed, epoch, row). So every position
+inside it a row is moved back by up to the worker's share of the shuffle buffer, drawn from (seed, epoch, row). So every position
 is a function of the step, the number of processes and the number of workers, and a resume starts there at once.
 """
 
@@ -51,17 +51,15 @@ class ParquetRows(LazyRows):
         label_column: str,
         class_names: list[str],
     ):
+        super().__init__(0, class_names)
         self.files, self.columns, self.held_rows = files, [image_column, label_column], 0
-        self.retried = []
         with ThreadPoolExecutor(16) as pool:  # a footer is a small read over a long way
             footers = list(pool.map(self._footer, files))
         sizes = [[footer.row_group(number).num_rows for number in range(footer.num_row_groups)] for footer in footers]
         self.group_file = np.repeat(np.arange(len(files)), [len(groups) for groups in sizes])
         self.group_number = np.concatenate([np.arange(len(groups)) for groups in sizes]).astype(np.int64)
         self.group_start = np.cumsum([0, *(rows for groups in sizes for rows in groups)])
-        retried = self.retried
-        super().__init__(int(self.group_start[-1]), class_names)
-        self.retried = retried
+        self.source_rows = np.arange(self.group_start[-1])
         self._groups: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._open: collections.OrderedDict[int, pq.ParquetFile] = collections.OrderedDict()
 
