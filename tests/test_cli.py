@@ -7,7 +7,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.runs import DEMO_DEFAULTS, in_process, python
-from vit_hf.cli import dispatch, match_classes
+from vit_hf.cli import dispatch
+from vit_hf.commands.evaluate import match_classes
 from vit_hf.errors import ArgumentError, UserError
 
 

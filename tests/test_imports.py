@@ -18,7 +18,8 @@ LEVELS = [
     {"analysis", "study"},
     {"parts"},
     {"runner"},
-    {"cli", "commands", "run_pretrain", "run_finetune"},
+    {"commands", "run_pretrain", "run_finetune"},
+    {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 FILES = sorted((ROOT / "vit_hf").rglob("*.py")) + sorted(ROOT.glob("run_*.py"))

@@ -1,0 +1,48 @@
+"""`vit-hf convert`: weights from and to other formats."""
+
+from pathlib import Path
+
+from vit_hf.arguments import Parser
+from vit_hf.errors import ArgumentError, UserError
+
+
+def main(argv: list[str]) -> None:
+    """Converts weights: from timm (a Hub folder, or a .safetensors file), google-research/vision_transformer (.npz) or a
+    model folder, to a model folder or to timm's."""
+    parser = Parser(prog="vit-hf convert", description=main.__doc__)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder, .safetensors or .npz file")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder to write; it must not hold a model yet")
+    parser.add_argument("--to", default="vit_hf", metavar="{vit_hf,timm}", help="whose format (default: vit_hf)")
+    args = parser.parse_args(argv)
+    if args.to not in ("vit_hf", "timm"):
+        raise ArgumentError(f"--to: {args.to!r} is not one of vit_hf, timm")
+    if (args.directory / "config.json").exists() or args.directory.is_file():
+        raise UserError(f"{args.directory} holds a model already, or is a file; name another folder")
+    import transformers
+    from safetensors import SafetensorError
+
+    from vit_hf.data.decode import Preprocessing, processor_normalisation
+    from vit_hf.models.configuration_vit import pair
+    from vit_hf.models.convert import load_source, save_timm
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, normalisation = load_source(args.source)
+        mean, std = normalisation or processor_normalisation(str(args.source), None)
+        if args.to == "timm":
+            save_timm(model, args.directory, mean, std)
+        else:
+            size = pair(model.config.image_size)
+            model.save_pretrained(args.directory)
+            Preprocessing(size, image_mean=tuple(mean), image_std=tuple(std)).image_processor().save_pretrained(
+                args.directory
+            )
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"{args.source}: {' '.join(str(error).split())[:400]}") from None
+    if args.to == "timm" and model.config.layer_norm_eps != 1e-6:
+        print(
+            f"note: timm's norms have an eps of 1e-6, this model {model.config.layer_norm_eps:g}; logits differ by it"
+        )
+    kind = "timm" if args.to == "timm" else ("stock vit" if model.config.is_stock else model.config.model_type)
+    print(f"{args.directory}: {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")

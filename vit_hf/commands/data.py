@@ -1,0 +1,115 @@
+"""`vit-hf data prepare` and `vit-hf data show`: a smaller copy of a set; what training makes of its images."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from vit_hf.arguments import (
+    PrepareArguments,
+    ShowArguments,
+    check_augmentation,
+    check_subset,
+    parse,
+    parse_image_size,
+)
+from vit_hf.errors import ArgumentError, nearest
+
+USAGE = """usage: vit-hf data COMMAND ...
+
+commands:
+  prepare --dataset_name NAME --output_dir DIR   a copy of a set with smaller images, as parquet shards
+  show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them"""
+
+
+def main(argv: list[str]) -> None:
+    """Copies a set with smaller images, or shows what training makes of one."""
+    commands = {"prepare": prepare, "show": show}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if argv[0] not in commands:
+        raise ArgumentError(f"unknown command 'data {argv[0]}', {nearest(argv[0], commands)}")
+    commands[argv[0]](argv[1:])
+
+
+def prepare(argv: list[str]) -> None:
+    """Writes a copy of a set whose images have at most --shorter_side pixels on their shorter side; started again after
+    an interruption it makes only what is missing."""
+    args = parse(PrepareArguments, argv, prog="vit-hf data prepare", description=prepare.__doc__)
+    for needed in ("dataset_name", "output_dir"):
+        if not getattr(args, needed):
+            raise ArgumentError(f"--{needed} is missing")
+    check_subset(args)
+    from vit_hf.data.prepare import prepare as prepare_copy
+    from vit_hf.parts import splits_loader
+
+    splits = splits_loader(args)(revision=args.revision)
+    for note in splits.notes:
+        print(f"note: {note}")
+    decides = ("dataset_name", "dataset_config_name", "revision", "max_train_samples", "max_eval_samples", "seed")
+    try:
+        written = prepare_copy(
+            splits,
+            Path(args.output_dir),
+            source={name: getattr(args, name) for name in decides},
+            shorter_side=args.shorter_side,
+            jpeg_quality=args.jpeg_quality,
+            rows_per_shard=min(4096, max(100, -(-len(splits.train) // 32))),  # small sets too have shards to deal out
+            num_processes=args.num_proc,
+            on_bad_image=args.on_bad_image,
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; finished shards are kept, and the same command goes on", file=sys.stderr)
+        raise
+    for split, counts in written.items():
+        left_out = f", {counts['skipped']} left out" if counts["skipped"] else ""
+        print(
+            f"{split}: {counts['rows']} images in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB{left_out}"
+        )
+    print(f"use it by --dataset_name {args.output_dir}")
+
+
+def show(argv: list[str]) -> None:
+    """Draws a contact sheet: images of a set beside what the transforms of a recipe make of them, with labels."""
+    args = parse(ShowArguments, argv, prog="vit-hf data show", description=show.__doc__)
+    if args.dataset_name is None:
+        raise ArgumentError("--dataset_name is missing")
+    check_subset(args)
+    check_augmentation(args)
+    formats = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+    if Path(args.output_file).suffix.lower() not in formats:
+        raise ArgumentError(f"--output_file: {args.output_file} is not a picture, allowed are {', '.join(formats)}")
+    import numpy as np
+
+    from vit_hf.analysis.figures import contact_sheet
+    from vit_hf.parts import model_errors, show_augmentation, splits_loader
+
+    with model_errors(args):
+        size = parse_image_size(args.image_size) or model_image_size(args)
+    splits = splits_loader(args)(streaming=args.streaming)
+    originals, augmented, labels, targets = show_augmentation(args, splits, size)
+
+    def named(target: np.ndarray) -> str:
+        parts = [(target[k], splits.class_names[k]) for k in np.argsort(-target)[:2] if target[k] > 0.005]
+        return parts[0][1] if len(parts) == 1 else " + ".join(f"{share:.2f} {name}" for share, name in parts)
+
+    texts = [[named(target) for target in row] for row in targets]
+    figure = contact_sheet(originals, augmented, [splits.class_names[label] for label in labels], texts)
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output_file, dpi=120)
+    print(args.output_file)
+
+
+def model_image_size(args: ShowArguments) -> Any:
+    """The input of the model that the flags name, in pixels; 224 where they name none."""
+    if args.preset is not None:
+        from vit_hf.models.presets import preset_config
+
+        return preset_config(args.preset).image_size
+    if args.model_name_or_path is not None:
+        import transformers
+
+        import vit_hf.models  # noqa: F401  (its classes register themselves)
+
+        return transformers.AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision).image_size
+    return 224
