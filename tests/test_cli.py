@@ -73,13 +73,13 @@ def test_evaluate_on_foreign_classes_is_one_line(trained):
     )
 
 
-def test_report_puts_runs_side_by_side(trained, tmp_path, capsys):
-    dispatch(["report", str(trained), str(trained), "--output_dir", str(tmp_path)])
-    table = capsys.readouterr().out
-    assert table.count(f"| {trained}") == 2 and "0.02 M" in table  # one name twice: the whole paths tell them apart
-    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="holds no finished run"):
-        dispatch(["report", str(tmp_path)])
+def test_report_of_a_finished_run(trained, capsys):
+    """With a run's other files in the folder the table knows its model too; what is on disk stands beside the run."""
+    dispatch(["report", str(trained)])
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1]]
+    assert row[:3] == ["first", "vit-demo-patch8-32", "0.02 M"] and row[3:5] == ["6", "192"] and "101 images" in row[5]
+    assert "-" not in row
+    assert (trained.parent / "report/learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_unknown_command():

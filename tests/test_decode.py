@@ -328,3 +328,14 @@ def test_a_strip_that_would_be_resized_to_gigabytes_is_a_bad_image():
     data = encoded(Image.new("RGB", (2, 65000)))
     result = decode_row({"bytes": data, "path": "x"}, Preprocessing((224, 224), shortest_edge=256))
     assert "DecompressionBomb" in result and "2 x 65000" in result
+
+
+def test_the_same_steps_at_another_size():
+    """As ImageNet's usual 256 -> 224; a resize of both sides; DeiT's resize before a crop."""
+    assert Preprocessing((224, 224), shortest_edge=256).at_size((448, 448)) == Preprocessing(
+        (448, 448), shortest_edge=512
+    )
+    assert Preprocessing((224, 224)).at_size((32, 64)) == Preprocessing((32, 64))
+    cut = Preprocessing((100, 100), resized=(110, 110)).at_size((50, 200))
+    assert cut == Preprocessing((50, 200), resized=(55, 220))
+    assert to_pixels(Image.new("RGB", (300, 500)), Preprocessing((10, 10), 12).at_size((20, 40))).shape == (20, 40, 3)

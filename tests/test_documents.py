@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 from tests.runs import ROOT
-from vit_hf.arguments import EvaluateArguments, PrepareArguments, RunArguments, ShowArguments, check, parse
+from vit_hf.arguments import (
+    EvaluateArguments,
+    FiguresArguments,
+    PrepareArguments,
+    RunArguments,
+    ShowArguments,
+    check,
+    parse,
+)
 from vit_hf.models.presets import PRESETS, parse_overrides, preset_config
 
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
@@ -76,10 +84,12 @@ def test_documented_command(words):
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:])
     elif words[:3] == ["vit-hf", "data", "prepare"]:
         parse(PrepareArguments, words[3:], prog="prepare")
+    elif words[:2] == ["vit-hf", "figures"]:
+        assert parse(FiguresArguments, words[2:], prog="figures", positional="model").output_dir
     elif words[:3] == ["vit-hf", "data", "show"]:
         parse(ShowArguments, words[3:], prog="show")
     elif words[:2] == ["vit-hf", "report"]:
-        assert len(words) > 2
+        assert len(words) > 2 and {word for word in words if word.startswith("--")} <= {"--output_dir"}
     elif words[:2] == ["vit-hf", "models"]:
         assert all(word in PRESETS for word in words[2:])
     elif words[:2] == ["vit-hf", "convert"]:
@@ -89,7 +99,7 @@ def test_documented_command(words):
 
 
 def test_flags_in_the_docs_exist():
-    classes = (RunArguments, EvaluateArguments, PrepareArguments, ShowArguments)
+    classes = (RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
                 "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet"}  # fmt: skip

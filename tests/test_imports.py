@@ -135,7 +135,8 @@ def test_help_of_a_script_loads_nothing_heavy(script):
 
 
 @pytest.mark.parametrize(
-    "words, shown", [([], "evaluate MODEL"), (["evaluate"], "--dataset_name"), (["report"], "runs")]
+    "words, shown",
+    [([], "evaluate MODEL"), (["evaluate"], "--dataset_name"), (["figures"], "--images"), (["report"], "runs")],
 )
 def test_help_of_the_command_loads_nothing_heavy(words, shown):
     argv = ["vit-hf", *words, "--help"]

@@ -1,5 +1,7 @@
 """train() with a two-layer model and a list of tensors: the loop needs no dataset and no Hub."""
 
+import json
+
 import accelerate
 import pytest
 import torch
@@ -76,6 +78,24 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path):
     train(**parts, mfu_scale=0.5)
     (line,) = lines(tmp_path)
     assert line["mfu"] == 0.5 * line["images_per_second"]
+
+
+def test_both_kinds_of_lines_say_what_the_run_has_cost(tmp_path):
+    """Images and operations are functions of the step; a batch has 8 images."""
+    _, _, parts = make(tmp_path, steps=4)
+    train(**parts, training_flops_per_image=5.0)
+    for key, steps in (("loss", [1, 2, 3, 4]), ("eval_norm", [2, 4])):
+        found = lines(tmp_path, key)
+        assert [line["images_seen"] for line in found] == [8 * step for step in steps]
+        assert [line["training_flops"] for line in found] == [40.0 * step for step in steps]
+    clock = [json.loads(line)["wall_time_seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert clock == sorted(clock)
+
+
+def test_operations_are_left_out_where_they_are_not_known(tmp_path):
+    _, _, parts = make(tmp_path, steps=1)
+    train(**parts)
+    assert not lines(tmp_path, "training_flops") and lines(tmp_path, "images_seen")
 
 
 def test_evaluation_and_checkpoint_come_once_an_epoch_and_at_the_end(tmp_path):

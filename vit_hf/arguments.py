@@ -145,6 +145,9 @@ class TrainArguments:
     seed: int = flag(0, "seed of initialisation, data order, augmentation and dropout", low=0, high=2**32 - 1)
     logging_steps: int = flag(50, "steps between log lines", low=1, same_run=True)
     eval_steps: int | None = flag(None, "steps between evaluations (default: once an epoch)", low=1, same_run=True)
+    log_figures_steps: int | None = flag(
+        None, "steps between figures of the model, and once at the end (default: none are drawn)", low=1, same_run=True
+    )
     save_steps: int | None = flag(None, "steps between checkpoints (default: once an epoch)", low=1, same_run=True)
     save_total_limit: int | None = flag(None, "keep only the newest so many checkpoints", low=1, same_run=True)
     resume_from_checkpoint: str = flag("auto", "auto, none, or the path of a checkpoint", same_run=True)
@@ -181,6 +184,24 @@ class EvaluateArguments(DatasetArguments, LoadingArguments):
         None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
     )
     ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1)
+
+
+@dataclass
+class FiguresArguments:
+    """Flags of `vit-hf figures`; the model is positional."""
+
+    model: str = flag("", "Hub id or folder of a model")
+    revision: str | None = flag(None, "branch, tag or commit of the Hub model")
+    trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
+    images: list[str] | None = flag(None, "image files, or folders of them, to look at (default: images of a set)")
+    dataset_name: str | None = flag(None, "set to take images of: a name, a Hub id or a folder (default: digits)")
+    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset, or options of fractal")
+    image_column_name: str | None = flag(None, "image column (default: found by its type)")
+    label_column_name: str | None = flag(None, "label column (default: found by its type)")
+    eval_split: str | None = flag(None, "split to take images of (default: test, or validation)")
+    num_images: int = flag(8, "most images that are taken of a set or of a folder", low=1)
+    image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
+    output_dir: str | None = flag(None, "folder for the figures and index.html")
 
 
 @dataclass
@@ -237,6 +258,8 @@ def _convert(name: str, value: Any, item: dataclasses.Field) -> Any:
         if optional:
             return None
         raise ArgumentError(f"--{name}: a value is missing")
+    if typing.get_origin(kind) is list:  # several words
+        return [str(word) for word in (value if isinstance(value, list) else [value])]
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -321,6 +344,8 @@ def _parser(cls: type, prog: str, description: str, positional: str | None) -> P
         kinds = [k for k in typing.get_args(item.type) or [item.type] if k is not type(None)]
         extra = {"nargs": "?", "const": "true"} if kinds == [bool] else {}
         metavar = "{" + ",".join(kinds) + "}" if isinstance(kinds[0], str) else kinds[0].__name__.upper()
+        if typing.get_origin(kinds[0]) is list:
+            extra, metavar = {"nargs": "+", "action": "extend"}, "PATH"
         text = item.metadata["help"].replace("%", "%%")
         text += "" if item.default is None or item.default is False else f" (default: {item.default})"
         group.add_argument(f"--{item.name}", metavar=metavar, help=text, **extra)
@@ -536,6 +561,15 @@ def identity(args: RunArguments) -> dict[str, Any]:
     """The values that make a run this run: model, data, optimisation and seed. Where it writes, how often it logs,
     and how much one device takes at once may change from one start to the next."""
     return {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if not item.metadata["same_run"]}
+
+
+def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run as an earlier version of the flags wrote it: flags it did not know had their defaults."""
+    return {
+        item.name: before.get(item.name, item.default)
+        for item in dataclasses.fields(RunArguments)
+        if not item.metadata["same_run"]
+    }
 
 
 def without_paths(flags: dict[str, Any]) -> dict[str, Any]:

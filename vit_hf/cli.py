@@ -5,15 +5,17 @@ import sys
 
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
-COMMANDS = ("models", "convert", "evaluate", "data", "report")
+COMMANDS = ("models", "convert", "evaluate", "figures", "data", "report", "study")
 USAGE = """usage: vit-hf COMMAND ...
 
 commands:
   models [NAME]                        the presets: size, operations and memory of each; the shapes inside one
   convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
+  figures MODEL [--images FILE ...]    filters, positions, attention, saliency and features, as pictures and a page
   data prepare | show ...              a copy of a set with smaller images; a picture of what training makes of them
-  report RUN [RUN ...]                 finished runs side by side: a table and a PNG of their curves
+  report RUN [RUN ...]                 runs side by side, finished or not: a table and their curves, as HTML and more
+  study FILE                           a grid of runs that answers questions, and the report of what came of them
 
 vit-hf COMMAND --help says more."""
 

@@ -1,7 +1,6 @@
 """The course of a training run, top to bottom, which both scripts share; they differ in how the model is made."""
 
 import contextlib
-import dataclasses
 import os
 import platform
 import sys
@@ -17,15 +16,16 @@ import transformers
 import yaml
 
 import vit_hf
-from vit_hf.analysis.figures import learning_curves
-from vit_hf.arguments import RunArguments, identity, write_run_config
+from vit_hf.analysis.curves import learning_curves
+from vit_hf.analysis.gallery import figure_drawer
+from vit_hf.arguments import RunArguments, identity, saved_identity, write_run_config
 from vit_hf.data.decode import Preprocessing
 from vit_hf.data.sources import ImageSplits
 from vit_hf.errors import UserError
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
 from vit_hf.hub.push import find_repository, push
-from vit_hf.models.summary import summarise
+from vit_hf.models.summary import forward_flops
 from vit_hf.parts import (
     DataReport,
     load_splits,
@@ -74,6 +74,11 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         raise UserError(
             "--ema_decay does not work with DeepSpeed ZeRO, which splits the fp32 weights; use ddp, or drop the flag"
         )
+    if args.log_figures_steps and zero_stage(accelerator) == 3:
+        raise UserError(
+            "--log_figures_steps does not work with DeepSpeed ZeRO stage 3, which leaves no process the whole model; use "
+            "stage 1 or 2, or drop the flag and draw the finished model: vit-hf figures"
+        )
     if is_finished(args, output_dir):
         accelerator.print(
             f"{output_dir} holds this run, finished; nothing to do (a new run needs another --output_dir)"
@@ -119,6 +124,10 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         resume(state, resume_from, manifest, record["exactness"], output_dir)
         start_time -= manifest["wall_time_seconds"]
 
+    flops_per_image = training_flops_per_image(model.config)
+    draw = None
+    if args.log_figures_steps and accelerator.is_main_process:
+        draw = figure_drawer(state.model, splits.eval, preprocessing, output_dir / "figures")
     report = DataReport(accelerator, args.on_bad_image, output_dir)
     batches, crops_on_device = train_batches(
         args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
@@ -139,26 +148,20 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
                 eval_steps=args.eval_steps,
                 save_steps=args.save_steps,
                 save_total_limit=args.save_total_limit,
+                log_figures_steps=args.log_figures_steps,
             ),
             augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
             objective=soft_cross_entropy,
             evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
             extra_metrics=report.collect,
-            mfu_scale=mfu_scale(accelerator, model.config),
+            mfu_scale=mfu_scale(accelerator, flops_per_image),
+            training_flops_per_image=flops_per_image,
+            draw=draw,
             first_step=manifest.get("step", 0),
         )
     finally:
         batches.close()
     export(args, state, preprocessing, resolved, report.collect(), name, start_time)
-
-
-def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run as an earlier version of the flags wrote it: flags it did not know had their defaults."""
-    return {
-        item.name: before.get(item.name, item.default)
-        for item in dataclasses.fields(RunArguments)
-        if not item.metadata["same_run"]
-    }
 
 
 def check_same_run(args: RunArguments, folder: Path, before: dict[str, Any]) -> None:
@@ -239,13 +242,19 @@ def resume(state: TrainState, folder: Path, manifest: dict[str, Any], now: dict[
         append_event(output_dir, "resume", folder=str(folder), step=manifest["step"], exact=not changed, why=changed)
 
 
-def mfu_scale(accelerator: accelerate.Accelerator, config: transformers.PreTrainedConfig) -> float | None:
-    """Model FLOPs utilisation for each image a second: 3 x forward FLOPs over the peak of all devices; None where no
-    peak is known. Source: arXiv 2204.02311, appendix B."""
+def training_flops_per_image(config: transformers.PreTrainedConfig) -> float:
+    """Operations of one image's forward and backward pass: 3 x those of the forward pass; what gradient checkpointing
+    computes again is not counted. Source: arXiv 2204.02311, appendix B."""
+    return 3.0 * forward_flops(config)
+
+
+def mfu_scale(accelerator: accelerate.Accelerator, flops_per_image: float) -> float | None:
+    """Model FLOPs utilisation for each image a second: an image's operations over the peak of all devices; None where
+    no peak is known. Source: arXiv 2204.02311, appendix B."""
     if accelerator.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.mixed_precision)
-    return None if peak is None else 3 * summarise(config).forward_flops / (peak * accelerator.num_processes)
+    return None if peak is None else flops_per_image / (peak * accelerator.num_processes)
 
 
 def resolve(

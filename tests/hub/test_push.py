@@ -29,15 +29,19 @@ def script(hub, tmp_path, name, token=TOKEN, **flags):
 
 
 def test_the_finished_folder_is_pushed_and_loads_by_id(hub, tmp_path):
-    """Model, processor, card and curves go up; checkpoints and the token do not; transformers, evaluate and
+    """Model, processor, card, curves and figures go up; checkpoints and the token do not; transformers, evaluate and
     run_finetune.py take the repository by its id."""
     folder = tmp_path / "tiny-vit"
-    result = script(hub, tmp_path, "pretrain", output_dir=folder, hub_private_repo="true", **FAST)
+    result = script(hub, tmp_path, "pretrain", output_dir=folder, hub_private_repo="true", log_figures_steps=2, **FAST)
     assert result.returncode == 0, result.stderr
     assert "pushed to" in result.stdout and hub.repos["model", "tester/tiny-vit"].private
     files = hub.files("model", "tester/tiny-vit")
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "run_config.yaml", "metrics.jsonl",
-            "all_results.json", "learning_curves.png"} == set(files) - {".gitattributes"}  # fmt: skip
+            "all_results.json", "learning_curves.png"} == {name for name in files if "/" not in name} - {".gitattributes"}  # fmt: skip
+    figures = {name for name in files if "/" in name}
+    assert "figures/attention_rollout.png" in figures and all(
+        f"]({name})" in files["README.md"].decode() for name in figures
+    )
     assert '"tester/tiny-vit"' in files["README.md"].decode()  # the card's example loads this repository
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert (folder / "checkpoint-2").exists() and hub.leaks(TOKEN) == []

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, in_process, lines, trajectory
 from vit_hf.errors import UserError
+from vit_hf.models.configuration_vit import ViTConfig
+from vit_hf.models.summary import summarise
 
 EVERYTHING_ON = dict(
     random_crop="padding=3",
@@ -136,6 +138,11 @@ def test_the_wall_time_counts_all_starts(run, tmp_path, killed_after, monkeypatc
     path.write_text(json.dumps({**json.loads(path.read_text()), "wall_time_seconds": 1000.0}))
     run("pretrain", save_steps=2)
     assert 1000 < json.loads((tmp_path / "run/all_results.json").read_text())["wall_time_seconds"] < 1500
+    clock = [(line["step"], line["wall_time_seconds"]) for line in lines(tmp_path / "run", "wall_time_seconds")]
+    assert clock == sorted(clock) and all((seconds > 1000) == (step > 2) for step, seconds in clock)
+    flops = 3 * summarise(ViTConfig.from_pretrained(tmp_path / "run")).forward_flops
+    for line in lines(tmp_path / "run", "wall_time_seconds"):
+        assert line["images_seen"] == 32 * line["step"] and line["training_flops"] == flops * line["images_seen"]
 
 
 def test_a_finished_run_that_goes_on_is_not_finished_until_it_is(run, tmp_path, killed_after, monkeypatch):

@@ -37,7 +37,7 @@ class Table:
 
     def markdown(self) -> str:
         """Padded, so that it reads as a table in a terminal too."""
-        lines = [[_one_line(cell).replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        lines = [[_markdown_cell(cell) for cell in row] for row in (self.columns, *self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
         lines.insert(1, ["-" * max(width, 3) for width in widths])
         return "\n".join(
@@ -128,7 +128,13 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _markdown_cell(text: str) -> str:
+    """A bar would begin a new cell, an angle bracket a tag."""
+    return _one_line(text).replace("|", "\\|").replace("<", "\\<")
+
+
 def _latex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    special |= {sign: f"${sign}$" for sign in "<>|"}  # other signs in the default encoding of fonts
     special |= {sign: rf"\{sign}" for sign in "&%$#_{}"}
     return "".join(special.get(sign, sign) for sign in text)

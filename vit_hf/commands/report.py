@@ -1,45 +1,198 @@
-"""`vit-hf report`: finished runs side by side."""
+"""`vit-hf report`: runs side by side, from their metrics.jsonl alone; what else a run left behind is optional."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import Parser
-from vit_hf.errors import UserError
+from vit_hf.errors import ArgumentError, UserError
+
+COLUMNS = [
+    "run", "model", "parameters", "steps", "images seen", "accuracy", "loss", "images/s", "wall time",
+    "training FLOPs", "peak memory",
+]  # fmt: skip
+CAPTION = (
+    "The last values of each run; nothing is selected on the evaluation split. accuracy: top-1 and the number of "
+    "evaluation images; loss: training loss; images/s: the median line; training FLOPs: 3 x those of the model's forward "
+    "pass for each image seen; peak memory: of the main process, on its accelerator where it uses one."
+)
 
 
 def main(argv: list[str]) -> None:
-    """Prints a table of finished runs and draws their learning curves."""
+    """Puts runs side by side, finished or not: prints a table, and writes it with the curves as HTML, Markdown, CSV,
+    LaTeX and PNG. A run needs no other file than its metrics.jsonl."""
     parser = Parser(prog="vit-hf report", description=main.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
-    parser.add_argument("--output_dir", type=Path, help="where learning_curves.png goes (default: beside the runs)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where the report goes (default: report, beside the first run)"
+    )
     args = parser.parse_args(argv)
-    from vit_hf.analysis.figures import learning_curves
+    folder = args.output_dir or args.runs[0].resolve().parent / "report"
+    check_folder(folder)
+    runs, notes = read_runs(args.runs)
+    from vit_hf.analysis.curves import curves_csv
+    from vit_hf.analysis.document import Heading, Table, write_document
+
+    rows = [row(name, lines, read_extras(path)) for path, (name, lines) in runs.items()]
+    table = Table("runs", CAPTION, COLUMNS, rows)
+    curves = dict(runs.values())
+    pictures, missing = draw(curves)
+    notes += missing
+    blocks = [table, *(f"Note: {note}." for note in notes), Heading("Curves"), *pictures]
+    write_document(folder, "report", "Runs side by side", blocks)
+    (folder / "curves.csv").write_text(curves_csv(curves))
+    print(table.markdown())
+    print("".join(f"\nnote: {note}" for note in notes))
+    print(f"report: {folder / 'report.html'} (beside it report.md, runs.csv, runs.tex, curves.csv and the PNGs)")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError for a folder that cannot take the report."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output_dir: {path} is a file; name a folder")
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(
+            f"--output_dir: {folder} is a run's own folder, whose curves would be overwritten; name another"
+        )
+
+
+def read_runs(paths: list[Path]) -> tuple[dict[Path, tuple[str, list[dict[str, Any]]]], list[str]]:
+    """The runs that have lines, as {folder: (name, lines)}, and notes on what could not be read.
+
+    Raises:
+        ArgumentError: a run is named twice.
+        UserError: a folder holds no metrics.jsonl, or none of them has a line.
+    """
+    resolved = [path.resolve() for path in paths]
+    runs, notes = {}, []
+    for path, real in zip(paths, resolved, strict=True):
+        if resolved.count(real) > 1:
+            raise ArgumentError(f"{path} is named {resolved.count(real)} times; name each run once")
+        name = real.name if [other.name for other in resolved].count(real.name) == 1 else str(path)
+        lines, read, held = read_lines(path)
+        if read < held:
+            notes.append(f"{name}: line {read + 1} of {held} in metrics.jsonl is damaged; it ends the run here")
+        if lines:
+            runs[path] = name, lines
+        else:
+            notes.append(f"{name}: metrics.jsonl has no line yet; it is left out")
+    if not runs:
+        raise UserError(f"nothing to report: metrics.jsonl has no line yet in {', '.join(map(str, paths))}")
+    return runs, notes
+
+
+def read_lines(run: Path) -> tuple[list[dict[str, Any]], int, int]:
+    """The lines of a run; how many could be read, and how many there are: a last one that is cut off is being written,
+    or was when the run was killed, and does not count.
+
+    Raises:
+        UserError: there is no metrics.jsonl, or it is not text.
+    """
     from vit_hf.training.tracking import read_jsonl
 
-    rows, curves = [["run", "parameters", "images/s", "accuracy", "wall time"]], {}
-    for run in args.runs:
-        try:
-            results: dict[str, Any] = json.loads((run / "all_results.json").read_text())
-        except OSError:
-            raise UserError(f"{run} holds no finished run (all_results.json is missing)") from None
-        name = run.name if [other.name for other in args.runs].count(run.name) == 1 else str(run)
-        curves[name] = read_jsonl(run / "metrics.jsonl")
-        speeds = sorted(line["images_per_second"] for line in curves[name] if "images_per_second" in line)
-        rows.append(
-            [
-                name,
-                f"{results['num_parameters'] / 1e6:.2f} M",
-                f"{speeds[len(speeds) // 2]:.0f}",  # the median line: the first one holds the warm-up of the machine
-                f"{results['eval_accuracy']:.4f}",
-                f"{results['wall_time_seconds']:.0f} s",
-            ]
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        found = "holds no metrics.jsonl" if run.is_dir() else "is a file" if run.exists() else "does not exist"
+        raise UserError(f"{run} {found}; name the output folder of a run")
+    try:
+        lines, text = read_jsonl(path), path.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text; name the output folder of a run") from None
+    held = len(text.splitlines()) - (not text.endswith("\n"))
+    return [line for line in lines if isinstance(line, dict) and "step" in line], len(lines), held
+
+
+def read_extras(run: Path) -> dict[str, Any]:
+    """What other files of a run add to its row, where they are there and whole: `model`, `num_parameters`,
+    `total_steps`, `wall_time_seconds`."""
+    import yaml
+
+    extras = {}
+    try:
+        config = yaml.safe_load((run / "run_config.yaml").read_text())
+        extras = {key: config["resolved"][key] for key in ("num_parameters", "total_steps")}
+        extras["model"] = config["preset"] or Path(config["model_name_or_path"]).name
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        pass
+    try:
+        results = json.loads((run / "all_results.json").read_text())
+        extras |= {key: results[key] for key in ("num_parameters", "wall_time_seconds")}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return extras
+
+
+def row(name: str, lines: list[dict[str, Any]], extras: dict[str, Any]) -> list[str]:
+    """The cells of a run under COLUMNS; "-" for what is not known."""
+    last = {**extras, **{key: value for line in lines for key, value in line.items() if value is not None}}
+    steps, total = last["step"], last.get("total_steps")
+    speeds = sorted(values(lines, "images_per_second"))
+    return [
+        name,
+        last.get("model", "-"),
+        cell(last.get("num_parameters"), lambda count: f"{count / 1e6:.2f} M"),
+        f"{steps:,}" if total in (None, steps) else f"{steps:,} of {total:,}",
+        cell(last.get("images_seen"), "{:,}".format),
+        accuracy(lines, steps),
+        cell(last.get("loss"), "{:.4g}".format),
+        # the median line: the first one holds the warm-up of the machine
+        cell(speeds[len(speeds) // 2] if speeds else None, "{:.0f}".format),
+        cell(last.get("wall_time_seconds"), duration),
+        cell(last.get("training_flops"), lambda flops: re.sub(r"e\+0?", "e", f"{flops:.3g}")),
+        cell(max(values(lines, "peak_memory_bytes"), default=None), lambda size: f"{size / 2**30:.2f} GiB"),
+    ]
+
+
+def accuracy(lines: list[dict[str, Any]], steps: int) -> str:
+    """The last one, with the number of images, and the step where the run has gone on since."""
+    evaluated = [line for line in lines if line.get("eval_accuracy") is not None]
+    if not evaluated:
+        return "-"
+    line = evaluated[-1]
+    details = [f"{line['eval_samples']:,} images"] if "eval_samples" in line else []
+    details += [f"step {line['step']:,}"] if line["step"] != steps else []
+    return f"{line['eval_accuracy']:.4f}" + (f" ({', '.join(details)})" if details else "")
+
+
+def values(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """What the lines hold under a key; those that do not, or whose value was not finite, are passed over."""
+    return [line[key] for line in lines if line.get(key) is not None]
+
+
+def cell(value: Any, text) -> str:
+    """The value as text, "-" for None."""
+    return "-" if value is None else text(value)
+
+
+def duration(seconds: float) -> str:
+    """47 s; 12.3 min; 3.41 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
+
+
+def draw(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Any], list[str]]:
+    """The pictures that at least one run has points for, and notes on the runs that are not in all of them."""
+    from vit_hf.analysis import curves
+    from vit_hf.analysis.document import Picture
+
+    pictures = [
+        Picture(name, caption, curves.draw_curves(runs, panels))
+        for name, caption, panels in (
+            ("learning_curves", "Training loss (mean since the last line) and evaluation accuracy.", curves.LEARNING),
+            ("optimisation", "Learning rate, and gradient norm before clipping.", curves.OPTIMISATION),
+            ("throughput", "Global images a second, and what the run waited for its data, over training time alone.",
+             curves.THROUGHPUT + curves.UTILISATION),
+            ("accuracy", "Evaluation accuracy against what it cost: images seen; operations, 3 x those of the forward "
+             "pass for each image; hours since the start, evaluations and earlier starts included.", curves.ACCURACY),
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-    folder = args.output_dir or args.runs[0].resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    learning_curves(curves).savefig(folder / "learning_curves.png", dpi=120)
-    print(f"\nlearning curves: {folder / 'learning_curves.png'}")
+        if curves.drawable(runs, panels)
+    ]  # fmt: skip
+    required = curves.LEARNING + curves.OPTIMISATION + curves.THROUGHPUT + curves.ACCURACY
+    notes = []
+    for name, lines in runs.items():
+        if missing := curves.missing_keys(lines, required):
+            notes.append(f"{name}: no line holds {', '.join(missing)}; it is left out of the curves that need it")
+    return pictures, notes

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,16 @@ class Preprocessing:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BILINEAR
     resized: tuple[int, int] | None = None
+
+    def at_size(self, image_size: tuple[int, int]) -> "Preprocessing":
+        """The same steps to images of another (height, width); what is resized before a crop scales along."""
+        ratios = [new / old for new, old in zip(image_size, self.image_size, strict=True)]
+        return replace(
+            self,
+            image_size=image_size,
+            shortest_edge=None if self.shortest_edge is None else round(self.shortest_edge * max(ratios)),
+            resized=None if self.resized is None else tuple(round(s * r) for s, r in zip(self.resized, ratios)),
+        )
 
     def image_processor(self):
         """The transformers image processor that does the same."""

@@ -157,6 +157,19 @@ class _Heads(dict):
     """The splits of a stream, of which the first rows alone are read."""
 
 
+def check_available(dataset_name: str, dataset_config_name: str | None = None) -> None:
+    """Raises UserError where a set cannot be had from here; asks for its description alone, and downloads no images."""
+    if dataset_name in GENERATED_SETS:
+        return
+    path, is_folder = _resolve(dataset_name)
+    if is_folder:
+        return
+    try:
+        datasets.load_dataset_builder(path, dataset_config_name)
+    except Exception as error:  # as in _load_source
+        raise _explained(error, dataset_name, path, is_folder) from error
+
+
 def _load_streamed(
     name, config_name, revision, image_column, label_column, train_split, eval_split,
     subset, max_train_samples, max_eval_samples, seed, need_train, cache_dir,

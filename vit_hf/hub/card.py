@@ -62,6 +62,9 @@ def write_card(
         "",
     ]
     lines += ["![learning curves](learning_curves.png)", ""]
+    if pictures := sorted((output_dir / "figures").glob("*.png")):  # of --log_figures_steps
+        lines += ["## Figures", "", "What the model has learned and where it looks, at the last step:", ""]
+        lines += [f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in pictures] + [""]
     where = name if "/" in name else f"PATH/TO/{name}"
     remote = "" if config.is_stock else ", trust_remote_code=True"
     lines += ["## Use", "", "```python", "from transformers import pipeline", "",

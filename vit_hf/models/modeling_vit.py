@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_vit import ViTConfig, pair
-from .layers import MLP, Attention, AttentionPooling, Embeddings, Layer, LayerScale
+from .layers import MLP, Attention, AttentionPooling, Embeddings, Layer, LayerScale, RelativePositions
 from .positions import Grid, relative_position_index, sincos_position_embeddings
 from .saving import SavesAsStock
 from .stems import PatchProjection, ResNetUnit, StandardisedConv
@@ -192,12 +192,7 @@ class ViTModel(ViTPreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         grid_size = self.grid_size(pixel_values, bool(interpolate_pos_encoding))
         hidden_states = self.embeddings(pixel_values, grid_size)
-        relative_positions = None
-        if self.relative_position_index is not None:
-            index = self.relative_position_index
-            if grid_size != self.config.grid_size:
-                index = relative_position_index(grid_size, self.config.num_prefix_tokens).to(index.device)
-            relative_positions = (index, grid_size)
+        relative_positions = self.relative_positions(grid_size)
         all_hidden_states, all_attentions = (hidden_states,), ()
         shown = output_attentions or output_hidden_states
         read = 1 if pooled_only and not shown and self.config.pooling == "cls" else None
@@ -230,6 +225,15 @@ class ViTModel(ViTPreTrainedModel):
         if height % rows or width % columns:
             raise ValueError(f"the input is {height}x{width} pixels, which patches of {rows}x{columns} do not divide")
         return height // rows, width // columns
+
+    def relative_positions(self, grid_size: Grid) -> RelativePositions | None:
+        """What each layer needs for images of this grid; None where positions are not relative."""
+        index = self.relative_position_index
+        if index is None:
+            return None
+        if grid_size != self.config.grid_size:
+            index = relative_position_index(grid_size, self.config.num_prefix_tokens).to(index.device)
+        return index, grid_size
 
     def pool(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The last layer's tokens (B, N, D) -> tokens after the final norm (B, N, D), what the head reads (B, D)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class LoopSettings:
     eval_steps: int | None
     save_steps: int | None
     save_total_limit: int | None
+    log_figures_steps: int | None = None
 
 
 def train(
@@ -49,6 +51,8 @@ def train(
     evaluate: Callable[[], dict[str, float]],
     extra_metrics: Callable[[], dict[str, Any]] = dict,
     mfu_scale: float | None = None,
+    training_flops_per_image: float | None = None,
+    draw: Callable[[int], dict[str, np.ndarray]] | None = None,
     first_step: int = 0,
 ) -> None:
     """Trains from `first_step` to the end of the schedule, writing metrics.jsonl and checkpoints as it goes.
@@ -60,6 +64,9 @@ def train(
         evaluate: called on all processes; its numbers make a line of metrics.jsonl.
         extra_metrics: more numbers for each log line.
         mfu_scale: model FLOPs utilisation for each image a second, where it is known.
+        training_flops_per_image: operations of an image's forward and backward pass, where they are known.
+        draw: given to the process that draws; called with the step, gives pictures uint8 (H, W, 3) by name, and leaves the
+            model and all random generators as they were.
 
     Raises:
         StoppedBySignal: SIGTERM or Ctrl-C came; the checkpoint is written.
@@ -116,6 +123,7 @@ def train(
                         "grad_norm": last_norm,
                         **speed,
                         "peak_memory_bytes": peak_memory_bytes(device),
+                        **_spent(done, plan, settings, training_flops_per_image),
                         **extra_metrics(),
                     }
                 )
@@ -124,9 +132,13 @@ def train(
             if stop:  # who stops us may not wait for an evaluation
                 _save(state, settings, done, tracker)
             if schedule.is_due(done, settings.eval_steps):
-                _evaluate(state, schedule, done, evaluate, tracker)
+                measured = _evaluate(state, evaluate, tracker)
+                spent = _spent(done, plan, settings, training_flops_per_image)
+                tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured, **spent})
             if save_due and not stop:
                 _save(state, settings, done, tracker)
+            if draw is not None and not stop and schedule.is_due(done, settings.log_figures_steps):
+                _draw(state, settings, done, draw, tracker)
             if stop:
                 number = guard.received or signal.SIGTERM  # another process may have been the one that received it
                 if accelerator.is_main_process:
@@ -139,16 +151,41 @@ def train(
         tracker.close()
 
 
-def _evaluate(
-    state: TrainState, schedule: Schedule, done: int, evaluate: Callable[[], dict[str, float]], tracker: Tracker
-) -> None:
-    """Evaluates the model, or its average where there is one, and writes the line."""
+def _evaluate(state: TrainState, evaluate: Callable[[], dict[str, float]], tracker: Tracker) -> dict[str, float]:
+    """Evaluates the model, or its average where there is one."""
     with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         share_buffers(state.accelerator, state.model)
         state.engine.eval()
         measured = evaluate()
         state.engine.train()
-    tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured})
+    return measured
+
+
+def _draw(
+    state: TrainState,
+    settings: LoopSettings,
+    done: int,
+    draw: Callable[[int], dict[str, np.ndarray]],
+    tracker: Tracker,
+) -> None:
+    """Draws the model, or its average where there is one. The other processes are a step ahead and wait there."""
+    if state.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(state.accelerator.device)  # steps under way are training time, what follows is not
+    with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+        try:
+            tracker.write_images(draw(done), done)
+        except torch.OutOfMemoryError as error:  # no reason to end a run
+            append_event(settings.output_dir, "figures_left_out", step=done, why=str(error).split(". ")[0])
+
+
+def _spent(
+    done: int, plan: BatchPlan, settings: LoopSettings, training_flops_per_image: float | None
+) -> dict[str, float]:
+    """What the run has cost up to now, earlier starts included: images, wall clock, and operations where an image's
+    are known. Images and operations are functions of the step; the clock goes on from the checkpoint's."""
+    images = done * plan.global_batch_size
+    spent = {"images_seen": images, "wall_time_seconds": round(time.perf_counter() - settings.start_time, 2)}
+    return spent if training_flops_per_image is None else spent | {"training_flops": training_flops_per_image * images}
 
 
 def _save(state: TrainState, settings: LoopSettings, done: int, tracker: Tracker) -> None:

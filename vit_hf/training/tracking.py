@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -114,6 +115,13 @@ class Tracker:
             **{short: f"{line[key]:.4g}" for key, short in shown.items() if key in line},
         }
         self._bar.set_postfix(self._postfix)
+
+    def write_images(self, images: dict[str, np.ndarray], step: int) -> None:
+        """Pictures uint8 (H, W, 3) by name, to the trackers that take any."""
+        for tracker in self._accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: image[None] for name, image in images.items()}, step=step, **form)
 
     def close(self) -> None:
         """Ends the progress bar and the file."""

@@ -1,0 +1,374 @@
+"""`vit-hf study` with real `accelerate launch` processes on a model of some thousand parameters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.runs import DEMO_DEFAULTS, ROOT, in_process, lines, python, trajectory
+from vit_hf.arguments import RunArguments
+from vit_hf.errors import ArgumentError
+from vit_hf.study import execute
+from vit_hf.study.cost import estimate_cost, image_counts, model_config
+from vit_hf.study.execute import Launcher
+from vit_hf.study.plan import read_study
+
+TINY = {name: value for name, value in DEMO_DEFAULTS.items() if name != "preset"} | {
+    "eval_steps": 100,
+    "save_steps": 3,
+}
+CPU = ROOT / "accelerate_configs/cpu.yaml"
+
+
+def write_study(tmp_path, cells, **more):
+    """A study of cells {name: (recipe's preset or None, flags, more of the cell)} beside its recipe."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**TINY, "output_dir": "unused"}))
+    content = {"output_dir": str(tmp_path / "runs"), "seeds": [0], **more, "cells": {}}
+    for name, (preset, flags, rest) in cells.items():
+        flags = flags | ({"preset": preset} if preset else {})
+        content["cells"][name] = {"recipe": str(tmp_path / "recipe.yaml"), "flags": flags, **rest}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def study(path, *words, **options):
+    return python("-m", "vit_hf.cli", "study", path, "--config_file", CPU, *words, **options)
+
+
+VIT = "vit-demo-patch8-32"
+QUESTION = {
+    "question": "Does it help to start from something?",
+    "claim": "It does.",
+    "source": "none",
+    "rows": [{"cell": "scratch", "label": "random | weights"}, {"cell": "tuned", "label": "tuned", "quoted": "0.98"}],
+    "tests": [{"greater": "tuned", "than": "scratch"}, {"greater": "gone", "than": "scratch"}],
+}
+
+
+@pytest.mark.slow
+def test_a_study_from_its_file_to_its_report(tmp_path):
+    """Dependencies, a failure that stops nothing else, data that cannot be had; and once more, where nothing is left."""
+    path = write_study(
+        tmp_path,
+        {
+            "tuned": (None, {"config_overrides": "pooling=cls"}, {"start_from": "scratch"}),
+            "scratch": (VIT, {}, {}),
+            "broken": (VIT, {"image_size": 33}, {}),  # which only the model can tell
+            "after-broken": (None, {}, {"start_from": "broken"}),
+            "gone": (VIT, {"dataset_name": str(tmp_path / "no-folder")}, {}),
+        },
+        title="Tiny & small",
+        questions=[QUESTION],
+    )
+    done = study(path, "--jobs", 2)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1 of 5 cells failed, broken seed 0: failed: --preset vit-demo" in done.stderr.splitlines()[-1]
+    told = {line.split("] ")[1].split(":")[0]: line for line in done.stdout.splitlines() if line.startswith("[")}
+    assert len(told) == 5
+    assert "finished" in told["scratch seed 0"] and "finished" in told["tuned seed 0"]
+    assert "starts from broken seed 0, which is not trained" in told["after-broken seed 0"]
+    assert "no such folder" in told["gone seed 0"]
+
+    accuracy = {
+        name: json.loads((tmp_path / f"runs/{name}/seed-0/all_results.json").read_text())["eval_accuracy"]
+        for name in ("scratch", "tuned")
+    }
+    page = (tmp_path / "runs/report/report.md").read_text()
+    assert page.startswith("# Tiny & small\n") and "2 of 5 cells are finished" in page
+    assert f"| {accuracy['tuned']:.4f} " in page and "| 0.98 " in page and r"random \| weights" in page
+    assert "no result of gone" in page and "not tested" in page
+    for name in ("broken", "after-broken", "gone"):
+        assert f"| {name} seed 0" in page.split("## Not run")[1]
+    html = (tmp_path / "runs/report/report.html").read_text()
+    assert "data:image/png;base64," in html and 'src="http' not in html and "Tiny &amp; small" in html
+    assert (tmp_path / "runs/report/question_1.tex").exists() and (tmp_path / "runs/report/question_1.png").exists()
+    cells = (tmp_path / "runs/report/cells.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in cells[1:]] == [
+        ["scratch", "0", str(accuracy["scratch"])],
+        ["tuned", "0", str(accuracy["tuned"])],
+    ]
+
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/seed-0/model.safetensors")}
+    again = study(path, "--only", "tuned")
+    assert again.returncode == 0, again.stderr
+    assert "finished" not in again.stdout and len(written) == 2
+    assert all(file.stat().st_mtime_ns == when for file, when in written.items())
+    assert f"| {accuracy['tuned']:.4f} " in (tmp_path / "runs/report/report.md").read_text()
+
+
+def processes_about(folder):
+    """Ids of the processes that have the folder on their command line."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal() and int(entry) != os.getpid():
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
+                    command = file.read()
+                with open(f"/proc/{entry}/stat") as file:
+                    zombie = file.read().rsplit(")", 1)[1].split()[0] == "Z"
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if str(folder).encode() in command and not zombie:
+                found.append(int(entry))
+    return found
+
+
+def until(condition, process=None):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), "it never came"
+        time.sleep(0.02)
+
+
+def started(path):
+    return subprocess.Popen(
+        [sys.executable, "-m", "vit_hf.cli", "study", str(path), "--config_file", str(CPU)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+LONG = {"max_steps": 1500, "save_steps": 100, "logging_steps": 10}
+
+
+@pytest.mark.slow
+def test_a_kill_loses_at_most_one_checkpoint_interval(tmp_path):
+    """Everything is killed, as when a machine goes down; then the run is the one that was never stopped."""
+    path = write_study(tmp_path, {"only": (VIT, LONG, {})})
+    folder = tmp_path / "runs/only/seed-0"
+    process = started(path)
+    until(lambda: (folder / "checkpoint-200/manifest.json").exists(), process)
+    for number in [process.pid, *processes_about(folder)]:
+        os.kill(number, signal.SIGKILL)
+    process.wait()
+    reached = lines(folder)[-1]["step"]
+    assert reached < LONG["max_steps"], "it was over before the kill"
+    done = study(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (resume,) = [event for event in events if event["event"] == "resume"]
+    assert resume["exact"] and resume["step"] > reached - LONG["save_steps"]
+    in_process("pretrain", **{**DEMO_DEFAULTS, **TINY, **LONG, "output_dir": tmp_path / "whole"})
+    assert trajectory(folder) == trajectory(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_all_runs_with_a_checkpoint(tmp_path):
+    path = write_study(tmp_path, {"only": (VIT, LONG | {"save_steps": 1500}, {})})
+    folder = tmp_path / "runs/only/seed-0"
+    process = started(path)
+    until(lambda: (folder / "metrics.jsonl").exists() and lines(folder), process)
+    process.terminate()
+    assert process.wait(timeout=100) == 143
+    assert not processes_about(folder)
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert (checkpoint / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_outlived_its_study_is_waited_for(tmp_path):
+    """The study alone is killed; the next one does not train beside the run that goes on."""
+    path = write_study(tmp_path, {"only": (VIT, LONG, {})})
+    folder = tmp_path / "runs/only/seed-0"
+    process = started(path)
+    until(lambda: (folder / "metrics.jsonl").exists() and lines(folder), process)
+    process.kill()
+    process.wait()
+    assert processes_about(folder)
+    done = study(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "only seed 0 is being trained by an earlier start" in done.stdout
+    assert (folder.parent / "seed-0.log").read_text().count("model: vit-demo") == 1  # started once
+    assert (folder / "all_results.json").exists()
+
+
+def test_devices_are_dealt_out(tmp_path):
+    path = write_study(tmp_path, {"only": (VIT, {}, {})})
+    (cell,) = read_study(path).cells
+    launcher = Launcher(ROOT / "accelerate_configs/ddp.yaml", jobs=2, devices=("0", "1", "4", "5"))
+    command, environment = launcher.command(cell, 1)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert command[command.index("--config") - 1].endswith("run_pretrain.py")
+    ports = {command[command.index("--main_process_port") + 1] for command, _ in [launcher.command(cell, 0)]}
+    assert ports and all(port.isdecimal() for port in ports)
+    command, environment = Launcher(CPU, jobs=2).command(cell, 0)
+    assert environment == {} and "--num_processes" not in command
+    threads = command[command.index("--num_cpu_threads_per_process") + 1]
+    assert int(threads) == max(1, os.cpu_count() // 2)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--jobs", 0], "--jobs: 0 is out of range"),
+        (["--jobs", 2, "--devices", "0,1,2"], "3 devices do not divide evenly over --jobs 2"),
+        (["--config_file", "none.yaml"], "--config_file: none.yaml is no file"),
+        (["--only", "scratc"], "--only: 'scratc' matches none of scratch, tuned"),
+    ],
+)
+def test_wrong_flags(tmp_path, words, said):
+    from vit_hf.commands.study import main
+
+    path = write_study(tmp_path, {"scratch": (VIT, {}, {}), "tuned": (None, {}, {"start_from": "scratch"})})
+    with pytest.raises(ArgumentError) as caught:
+        main([str(path), "--config_file", str(CPU), *map(str, words)])
+    assert said in str(caught.value)
+
+
+def test_only_brings_what_a_cell_starts_from(tmp_path):
+    from vit_hf.commands.study import chosen
+
+    path = write_study(
+        tmp_path, {"a": (VIT, {}, {}), "b": (None, {}, {"start_from": "a"}), "c": (None, {}, {"start_from": "b"}), "d": (VIT, {}, {})}
+    )  # fmt: skip
+    cells = read_study(path).cells
+    assert [cell.name for cell in chosen(cells, "c")] == ["a", "b", "c"]
+    assert [cell.name for cell in chosen(cells, "b, d")] == ["a", "b", "d"]
+    assert chosen(cells, None) == cells
+
+
+# --- cost ---
+
+
+def cell_of(tmp_path, preset=VIT, start_from=None, **flags):
+    cells = {"parent": (preset, flags, {})}
+    if start_from is not None:
+        cells["child"] = (None, start_from, {"start_from": "parent"})
+    return read_study(write_study(tmp_path, cells)).cells[-1]
+
+
+def test_cost_is_images_over_speed(tmp_path):
+    """6 steps of 32 and two evaluations of 101 at a third of the price each; two checkpoints and the export."""
+    cell = cell_of(tmp_path, eval_steps=3, save_steps=3, save_total_limit=1)
+    cost = estimate_cost(cell, images_per_second=10)
+    assert cost.seconds == pytest.approx(10 + (6 * 32 + 2 * 101 / 3) / 10)
+    parameters = 32 * (8 * 8 * 3) + 32 + 18 * 32  # patches, class token and positions
+    parameters += 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 96 + 4 * 32) + 2 * 32 + 32 * 10 + 10
+    assert cost.disk_bytes == 4 * parameters * (2 * 3 + 1)
+
+
+def test_images_of_known_sets_and_subsets(tmp_path):
+    def counts(**flags):
+        return image_counts(cell_of(tmp_path, max_eval_samples=10**9, **flags))
+
+    assert counts(dataset_name="cifar10") == (50_000, 10_000)
+    assert counts(dataset_name="ILSVRC/imagenet-1k", subset_fraction=0.5) == (640_584, 50_000)
+    assert counts(dataset_name="cifar10", subset_per_class=30, subset_classes="cat,dog") == (60, 2000)
+    assert counts(dataset_name="cifar10", max_train_samples=77) == (77, 10_000)
+    assert counts() == (1347, 450)  # digits, counted
+
+
+def test_model_of_a_cell_that_starts_from_another(tmp_path):
+    """The MLP head stays behind; the image size is the cell's own."""
+    overrides = DEMO_DEFAULTS["config_overrides"] + ",head_hidden_size=16"
+    cell = cell_of(tmp_path, dataset_name="cifar10", config_overrides=overrides,
+                   start_from={"image_size": 48, "config_overrides": "drop_path_rate=0.1"})  # fmt: skip
+    config = model_config(cell)
+    assert (config.image_size, config.hidden_size, config.head_hidden_size, config.num_labels) == (48, 32, None, 10)
+    assert model_config(cell.start_from).head_hidden_size == 16 and config.drop_path_rate == 0.1
+
+
+@pytest.mark.slow
+def test_dry_run_tries_the_models_and_trains_nothing(tmp_path):
+    done = python("-m", "vit_hf.cli", "study", "studies/cifar10.yaml", "--dry_run", "--only", "vit-small-*",
+                  "--output_dir", tmp_path, env={"HF_HOME": str(tmp_path / "home")})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("vit-small")]
+    assert len(table) == 6 and all(words[-2:] == ["no", "data"] for words in table)
+    assert {words[0]: float(words[5]) for words in table} == {"vit-small-200": pytest.approx(428.8, rel=0.01), "vit-small-500": pytest.approx(428.8, rel=0.01)}  # fmt: skip
+    assert "no data: --dataset_name cifar10: uoft-cs/cifar10 is not in the cache" in done.stdout
+    assert "6 of 6 cells to run" in done.stdout
+    assert not list(tmp_path.glob("vit-*"))
+
+
+# --- the shipped studies, shrunken, on sets with the schemas of CIFAR-10 and ImageNet-1k ---
+
+
+def picture_set(folder, image_column, eval_split, num_classes, size):
+    """Parquet as the Hub lays it out: some random pictures of each class."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    draws = np.random.default_rng(0)
+    names = [f"class {number}" for number in range(num_classes)]
+    features = datasets.Features({image_column: datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    for split, each in (("train", 3), (eval_split, 2)):
+        labels = [label for label in range(num_classes) for _ in range(each)]
+        pixels = draws.integers(0, 256, (len(labels), *size, 3), dtype=np.uint8)
+        rows = {image_column: [Image.fromarray(image) for image in pixels], "label": labels}
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        dataset = datasets.Dataset.from_dict(rows, features=features)
+        dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+SHRUNKEN = dict(
+    max_steps=2, warmup_steps=1, global_batch_size=4, per_device_train_batch_size=2, eval_steps=2, save_steps=2
+)
+
+
+def shrink(name, tmp_path, sets, overrides):
+    """The study with every cell's run made small, and the sets replaced."""
+    content = yaml.safe_load((ROOT / "studies" / name).read_text())
+    for cell in content["cells"].values():
+        recipe = yaml.safe_load((ROOT / cell["recipe"]).read_text())
+        flags = {**cell.get("flags", {}), **SHRUNKEN, "dataset_name": sets[recipe["dataset_name"]]}
+        flags.pop("num_train_epochs", None)
+        if "preset" in recipe and "vit" in recipe["preset"]:
+            flags["config_overrides"] = ",".join(filter(None, [recipe.get("config_overrides"), overrides]))
+        cell["flags"] = flags
+    content["seeds"] = [0]
+    content["output_dir"] = str(tmp_path / "runs")
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+SMALL_VIT = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
+
+
+@pytest.mark.slow
+def test_shrunken_cell_of_cifar10(tmp_path):
+    sets = {"cifar10": picture_set(tmp_path / "cifar", "img", "test", 10, (32, 32))}
+    done = study(shrink("cifar10.yaml", tmp_path, sets, SMALL_VIT), "--only", "vit-small-500")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "runs/vit-small-500/seed-0/all_results.json").read_text())
+    assert results["eval_samples"] == 20 and results["train_samples"] == 30
+    page = (tmp_path / "runs/report/report.md").read_text()
+    assert "1 of 7 cells are finished" in page and "vit-small-500 > 0.91" in page and "not asked for" in page
+
+
+@pytest.mark.slow
+def test_shrunken_cells_of_imagenet_two_thirds_to_cifar10(tmp_path):
+    """Pretraining on two thirds of each class, then fine-tuning at another resolution."""
+    sets = {
+        "imagenet-1k": picture_set(tmp_path / "imagenet", "image", "validation", 4, (60, 80)),
+        "cifar10": picture_set(tmp_path / "cifar", "img", "test", 10, (32, 32)),
+    }
+    path = shrink("imagenet_two_thirds_to_cifar10.yaml", tmp_path, sets, SMALL_VIT)
+    done = study(path, "--only", "cifar10-vit-base-better-384")
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = json.loads((tmp_path / "runs/imagenet-vit-base-better/seed-0/all_results.json").read_text())
+    after = json.loads((tmp_path / "runs/cifar10-vit-base-better-384/seed-0/all_results.json").read_text())
+    assert (before["train_samples"], before["eval_samples"]) == (8, 8)  # two thirds of three of each of four classes
+    assert (after["train_samples"], after["eval_samples"]) == (30, 20)
+    config = json.loads((tmp_path / "runs/cifar10-vit-base-better-384/seed-0/config.json").read_text())
+    assert (config["image_size"], config["pooling"], config["head_hidden_size"]) == (384, "mean", None)
+
+
+def test_a_folder_with_another_run_is_not_finished(tmp_path, run):
+    path = write_study(tmp_path, {"only": (VIT, {}, {})})
+    (cell,) = read_study(path).cells
+    assert not execute.is_finished(cell)
+    run("pretrain", output_dir=cell.output_dir, **TINY, preset=VIT, seed=0)
+    assert execute.is_finished(cell)
+    (other,) = read_study(write_study(tmp_path, {"only": (VIT, {"learning_rate": 0.1}, {})})).cells
+    assert isinstance(other.args, RunArguments) and not execute.is_finished(other)

@@ -1,0 +1,48 @@
+"""Models side by side: accuracies with their intervals in, matplotlib figures out."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Point = tuple[float, float | None]  # a mean, and half the width of its interval where it has one
+
+
+def accuracy_by_category(series: dict[str, dict[str, Point]], xlabel: str) -> Figure:
+    """One line a model over values that are names, e.g. {"ViT": {"10": (0.61, 0.02), "all": (0.98, None)}}."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    values = list(dict.fromkeys(x for points in series.values() for x in points))
+    for number, (label, points) in enumerate(series.items()):
+        shift = 0.05 * (number - (len(series) - 1) / 2)  # so that intervals do not hide each other
+        places = [values.index(x) + shift for x in points]
+        means, widths = zip(*points.values(), strict=True)
+        axes.errorbar(places, means, [width or 0 for width in widths], label=label, marker="o", capsize=3)
+    axes.set(xticks=range(len(values)), xticklabels=values, xlabel=xlabel)
+    return _finished(figure, axes)
+
+
+def accuracy_by_cost(points: dict[str, tuple[float, Point]]) -> Figure:
+    """One point a model against its operations for an image, e.g. {"ViT": (42e6, (0.98, 0.01))}."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, (flops, (mean, width))) in enumerate(points.items()):
+        axes.errorbar(flops / 1e6, mean, width or 0, label=label, marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
+    axes.set(xscale="log", xlabel="forward pass of one image, MFLOP")
+    return _finished(figure, axes)
+
+
+def accuracy_by_row(points: dict[str, Point]) -> Figure:
+    """One line a model, the first on top."""
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(points)), layout="constrained")
+    axes = figure.subplots()
+    for place, (mean, width) in enumerate(points.values()):
+        axes.errorbar(mean, place, xerr=width or 0, marker="o", color="C0", capsize=3)
+    axes.set(yticks=range(len(points)), yticklabels=points, xlabel="accuracy", ylim=(len(points) - 0.5, -0.5))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _finished(figure: Figure, axes: Axes) -> Figure:
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    return figure

@@ -1,0 +1,126 @@
+"""`vit-hf figures`: what a model has learned and where it looks, drawn for some images."""
+
+from pathlib import Path
+from typing import Any
+
+from vit_hf.arguments import FiguresArguments, parse, parse_image_size
+from vit_hf.errors import ArgumentError, UserError
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+def main(argv: list[str]) -> None:
+    """Draws what a model has learned and where it looks, as PNG files and one page: index.html."""
+    args = parse(FiguresArguments, argv, prog="vit-hf figures", description=main.__doc__, positional="model")
+    if args.output_dir is None:
+        raise ArgumentError("--output_dir is missing")
+    if args.images is not None and args.dataset_name is not None:
+        raise ArgumentError("give only one of --images and --dataset_name")
+    size = parse_image_size(args.image_size)
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
+    files = image_files(args.images, args.num_images) if args.images is not None else None
+
+    import torch
+    import transformers
+
+    from vit_hf.analysis.document import Picture, write_document
+    from vit_hf.analysis.gallery import model_figures
+    from vit_hf.models.presets import FAMILIES, load_pretrained
+    from vit_hf.parts import model_errors
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with model_errors(args):
+        model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        if type(model) not in FAMILIES.values():
+            raise ValueError(
+                f"its family (model_type) is {model.config.model_type}; figures are drawn of {', '.join(FAMILIES)}"
+            )
+        if model.config.num_channels != 3:
+            raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
+        preprocessing = make_preprocessing(args, model.config, size)
+    images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    blocks = model_figures(model, images, preprocessing)
+    name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
+    pixels = " x ".join(map(str, preprocessing.image_size))
+    intro = f"{len(images)} images {what}, at {pixels} pixels (height x width)."
+    write_document(output_dir, "index", f"Figures of {name}", [intro, *blocks], formats=("html",))
+    for block in blocks:
+        print(output_dir / f"{block.name}.png" if isinstance(block, Picture) else f"note: {block}")
+    print(f"all on one page: {output_dir / 'index.html'}")
+
+
+def image_files(names: list[str], most: int) -> list[Path]:
+    """The files that are named, and of each folder the first `most` images below it, by name.
+
+    Raises:
+        UserError: a name that does not exist, or a folder without images.
+    """
+    files: list[Path] = []
+    for path in map(Path, names):
+        if not path.exists():
+            raise UserError(f"--images: {path} does not exist")
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES and file.is_file())
+            if not found:
+                raise UserError(f"--images: {path} holds no images; their names end in {', '.join(IMAGE_FILES)}")
+            files += found[:most]
+        else:
+            files.append(path)
+    return files
+
+
+def make_preprocessing(args: FiguresArguments, config: Any, size: Any) -> Any:
+    """The model's own, at its size or the one asked for. Raises ValueError where a ViT's patches do not divide that."""
+    from vit_hf.data.decode import Preprocessing, processor_config
+    from vit_hf.models.configuration_vit import pair
+
+    height, width = pair(size or config.image_size)
+    stride = getattr(config, "token_stride", (1, 1))
+    if height % stride[0] or width % stride[1]:
+        raise ValueError(
+            f"--image_size: {height}x{width} pixels are not divided by the model's patches; allowed are multiples of "
+            + ("x".join(map(str, stride)) if stride[0] != stride[1] else str(stride[0]))
+        )
+    own = Preprocessing.from_config(processor_config(args.model, args.revision), pair(config.image_size))
+    return own.at_size((height, width))
+
+
+def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
+    """The images uint8 (B, H, W, 3), and where they are from. Raises UserError for one that does not decode."""
+    import numpy as np
+
+    from vit_hf.data.decode import decode_row
+
+    images = []
+    for file in files:
+        decoded = decode_row({"bytes": None, "path": str(file)}, preprocessing)
+        if isinstance(decoded, str):
+            raise UserError(f"--images: {decoded}")
+        images.append(decoded)
+    return np.stack(images), f"({', '.join(file.name for file in files)})"
+
+
+def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
+    """Images of the evaluation split, and where they are from. Raises UserError where none decodes."""
+    from vit_hf.analysis.gallery import sample_images
+    from vit_hf.commands.evaluate import trained_seed
+    from vit_hf.data.rows import TableRows
+    from vit_hf.data.sources import load_image_splits
+
+    splits = load_image_splits(
+        args.dataset_name or "digits",
+        dataset_config_name=args.dataset_config_name,
+        image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name,
+        eval_split=args.eval_split,
+        seed=trained_seed(args),
+        need_train=False,
+    )
+    images = sample_images(TableRows(splits.eval), preprocessing, args.num_images)
+    if len(images) == 0:
+        raise UserError(f"none of the images that were taken of {args.dataset_name or 'digits'} decodes")
+    return images, f"of {Path(args.dataset_name or 'digits').name} ({splits.eval_split})"

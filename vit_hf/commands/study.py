@@ -1,0 +1,109 @@
+"""`vit-hf study`: a grid of runs that answers questions, and the report of what came of them."""
+
+import fnmatch
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit_hf.arguments import Parser
+from vit_hf.errors import ArgumentError, UserError
+
+if TYPE_CHECKING:
+    from vit_hf.study.execute import Launcher
+    from vit_hf.study.plan import Cell
+
+
+def main(argv: list[str]) -> None:
+    """Runs the cells of a study that are not finished yet, and writes its report to OUTPUT_DIR/report. Started again it
+    goes on where it was; a cell that fails does not stop the others."""
+    parser = Parser(prog="vit-hf study", description=main.__doc__)
+    parser.add_argument("study", metavar="FILE", type=Path, help="a study, e.g. studies/paper_on_digits.yaml")
+    parser.add_argument("--only", help="run these cells and what they start from: names by comma, with * and ?")
+    parser.add_argument("--dry_run", action="store_true", help="one line a cell, with its time and disk; run nothing")
+    parser.add_argument("--output_dir", type=Path, help="folder of the runs (default: the file's)")
+    parser.add_argument("--config_file", type=Path, default=Path("accelerate_configs/cpu.yaml"), help="of accelerate launch: where each run takes place (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--devices", help="numbers of the GPUs to use, by comma, dealt out evenly over the jobs")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise ArgumentError(f"--jobs: {args.jobs} is out of range, allowed is 1 or more")
+    from vit_hf.study.execute import Launcher, run_cells
+    from vit_hf.study.plan import read_study
+
+    study = read_study(args.study, args.output_dir)
+    cells = chosen(study.cells, args.only)
+    launcher = Launcher(args.config_file, args.jobs, tuple(args.devices.split(",")) if args.devices else ())
+    if args.dry_run:
+        dry_run(cells, launcher)
+        return
+    start, count = time.monotonic(), 0
+
+    def tell(cell: "Cell", outcome: str, seconds: float) -> None:
+        nonlocal count
+        count += 1
+        print(
+            f"[{count}] {cell}: {outcome}, {duration(seconds)}; {duration(time.monotonic() - start)} in all",
+            flush=True,
+        )
+
+    failed = run_cells(cells, launcher, tell)
+    from vit_hf.commands.study_report import write_report
+
+    command = f"vit-hf study {args.study}"
+    print(f"report: {write_report(study, failed, command)}")
+    wrong = [cell for cell, reason in failed.items() if reason.startswith("failed")]
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(cells)} cells failed, {wrong[0]}: {failed[wrong[0]]}")
+
+
+def chosen(cells: list["Cell"], only: str | None) -> list["Cell"]:
+    """The cells that match, with those that they start from. Raises ArgumentError where none matches."""
+    if only is None:
+        return cells
+    patterns = [pattern.strip() for pattern in only.split(",")]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in cells):
+            names = ", ".join(dict.fromkeys(cell.name for cell in cells))
+            raise ArgumentError(f"--only: {pattern!r} matches none of {names}")
+    wanted = {cell for cell in cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)}
+    for cell in reversed(cells):  # each comes after what it starts from
+        if cell in wanted and cell.start_from is not None:
+            wanted.add(cell.start_from)
+    return [cell for cell in cells if cell in wanted]
+
+
+def dry_run(cells: list["Cell"], launcher: "Launcher") -> None:
+    """Prints each cell with its state, its time on this device and its disk."""
+    from vit_hf.study.cost import measured_costs
+    from vit_hf.study.execute import is_finished, missing_data
+
+    missing = missing_data(cells)
+    settings = launcher.settings
+    num_devices = max(1, len(launcher.devices) // launcher.jobs)
+    if not launcher.devices and not settings.get("use_cpu"):
+        num_devices = int(settings.get("num_processes") or 1)
+    try:
+        costs = measured_costs(cells, str(settings.get("mixed_precision", "no")), num_devices)
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())[:300]) from None
+    width = max(len(str(cell)) for cell in cells)
+    for cell in cells:
+        state = "finished" if is_finished(cell) else "no data" if cell in missing else "to run"
+        cost = costs[cell]
+        print(f"{cell!s:{width}}  {duration(cost.seconds):>9}  {cost.disk_bytes / 1e6:>9.1f} MB  {state}")
+    for reason in dict.fromkeys(missing.values()):
+        print(f"no data: {reason}")
+    rest = [cell for cell in cells if not is_finished(cell)]
+    print(
+        f"{len(rest)} of {len(cells)} cells to run: {duration(sum(costs[cell].seconds for cell in rest))} one after another, "
+        f"{sum(cost.disk_bytes for cost in costs.values()) / 1e9:.2f} GB of disk for all\n"
+        "Time: computing alone, from a second of training on this device; reading and augmenting images come on top."
+    )
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `12 min`, `3.4 h`, `8.1 days`."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86400:.1f} days"

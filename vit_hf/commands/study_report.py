@@ -1,0 +1,129 @@
+"""The report of a study: what each question's runs say, what they cost, and what was not run."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vit_hf.analysis.comparisons import accuracy_by_category, accuracy_by_cost, accuracy_by_row
+from vit_hf.analysis.document import Block, Heading, Picture, Table, write_document
+from vit_hf.models.summary import forward_flops
+from vit_hf.study.cost import measure_speed, model_config, same_speed
+from vit_hf.study.plan import Cell, Question, Study
+from vit_hf.study.results import Estimate, Results, Verdict, accuracies, collect, estimate, judge, overall
+
+METHOD = (
+    "Accuracy of the last step on the whole evaluation split, mean over the seeds and 95 % interval (Student's t). A claim "
+    "that one is better is supported where the 95 % interval of the difference (Welch) lies above its margin, contradicted "
+    "where it lies below; a claim that several are equal is supported where the 90 % interval of each pair's difference lies "
+    "within the bounds (two one-sided tests), contradicted where a 95 % interval lies outside; anything else is undecided. "
+    "All seeds share one evaluation split, so an interval says nothing about other images (a cell of one seed is tested by its "
+    "images instead); nothing is corrected for the number of tests. Quoted numbers are their sources', on other data unless they say so."
+)
+
+
+def write_report(study: Study, failed: dict[Cell, str], command: str) -> Path:
+    """Writes OUTPUT_DIR/report/report.html, .md, its pictures, and its tables as CSV and LaTeX; returns the page."""
+    results = collect(study)
+    first = {cell.name: cell for cell in reversed(study.cells)}
+    verdicts = [[judge(test, results) for test in question.tests] for question in study.questions]
+    blocks: list[Block] = [*_header(study, results, command), METHOD]
+    if study.questions:
+        blocks.append(_answers(study.questions, verdicts))
+    for number, (question, outcome) in enumerate(zip(study.questions, verdicts, strict=True), 1):
+        blocks += _question(number, question, outcome, results, first)
+    blocks += _not_run(study, results, failed)
+    folder = study.output_dir / "report"
+    write_document(folder, "report", study.title, blocks)
+    (folder / "cells.csv").write_text(_cells(study, results).csv())
+    return folder / "report.html"
+
+
+def _header(study: Study, results: Results, command: str) -> list[str]:
+    done = [result for seeds in results.values() for result in seeds.values()]
+    hours = sum(result["wall_time_seconds"] for result in done) / 3600
+    flops = sum(result.get("training_flops", 0) for result in done)
+    settings = [
+        yaml.safe_load((cell.output_dir / "run_config.yaml").read_text())["resolved"]
+        for cell in study.cells
+        if cell.seed in results.get(cell.name, {})
+    ]
+    devices = sorted({f"{item['device']}, mixed precision {item['mixed_precision']}" for item in settings})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in item["versions"].items()) for item in settings})
+    return [
+        f"{len(done)} of {len(study.cells)} cells are finished; seeds {', '.join(map(str, study.seeds))}. "
+        f"Command: {command}",
+        f"Cost: {hours:.2f} hours of runs, {flops:.2e} FLOP of training. On: {'; '.join(devices)}. "
+        f"Versions: {'; '.join(versions)}.",
+    ]
+
+
+def _answers(questions: list[Question], verdicts: list[list[Verdict]]) -> Table:
+    rows = [
+        [question.question, question.claim, overall(outcome) if outcome else "no test"]
+        for question, outcome in zip(questions, verdicts, strict=True)
+    ]
+    return Table("answers", "The questions, and how many tests of each claim the data support.", ["question", "claim", "tests"], rows)  # fmt: skip
+
+
+def _question(
+    number: int, question: Question, verdicts: list[Verdict], results: Results, cells: dict[str, Cell]
+) -> list[Block]:
+    found = {row: estimate(accuracies(results, row.cell)) for row in question.rows}
+    known = {row: value for row, value in found.items() if value is not None}
+    configs = {row: model_config(cells[row.cell]) for row in known}
+    flops = {row: forward_flops(config) for row, config in configs.items()}
+    speeds: dict[str, float] = {}
+    columns = ["model", *([question.x] if any(row.x for row in found) else []), "accuracy", "seeds", "parameters"]
+    columns += ["MFLOP an image", *(["images/s, forward"] if question.x == "forward_flops" else []), "quoted"]
+    lines = []
+    for row, value in found.items():
+        line = [row.label, *([row.x or ""] if any(row.x for row in found) else [])]
+        if value is None:
+            lines.append([*line, "not run", *[""] * (len(columns) - len(line) - 2), row.quoted])
+            continue
+        parameters = next(iter(results[row.cell].values()))["num_parameters"]
+        line += [str(value), str(len(value.values)), f"{parameters / 1e6:.2f} M", f"{flops[row] / 1e6:.0f}"]
+        if question.x == "forward_flops":
+            key = same_speed(configs[row])
+            speeds[key] = speeds.get(key) or measure_speed(configs[row], training=False, images=64)
+            line.append(f"{speeds[key]:.0f}")
+        lines.append([*line, row.quoted])
+    blocks: list[Block] = [Heading(question.question), f"Claim: {question.claim} Source: {question.source}."]
+    if known:
+        blocks.append(Picture(f"question_{number}", question.question, _picture(question, known, flops)))
+    blocks.append(Table(f"question_{number}", "Accuracy", columns, lines))
+    if verdicts:
+        tests = [[verdict.test, verdict.result, verdict.verdict] for verdict in verdicts]
+        blocks.append(Table(f"question_{number}_tests", "Tests", ["claim", "result", "verdict"], tests))
+    return blocks
+
+
+def _picture(question: Question, known: dict[Any, Estimate], flops: dict[Any, float]) -> Any:
+    if question.x == "forward_flops":
+        return accuracy_by_cost({row.label: (flops[row], (v.mean, v.half_width)) for row, v in known.items()})
+    if question.x is None or not all(row.x for row in known):
+        return accuracy_by_row({row.label: (value.mean, value.half_width) for row, value in known.items()})
+    series: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for row, value in known.items():
+        series.setdefault(row.label, {})[row.x] = (value.mean, value.half_width)
+    return accuracy_by_category(series, question.x)
+
+
+def _not_run(study: Study, results: Results, failed: dict[Cell, str]) -> list[Block]:
+    rest = [cell for cell in study.cells if cell.seed not in results.get(cell.name, {})]
+    if not rest:
+        return []
+    rows = [[str(cell), failed.get(cell, "not asked for")] for cell in rest]
+    return [Heading("Not run"), Table("not_run", "Cells without a result.", ["cell", "why"], rows)]
+
+
+def _cells(study: Study, results: Results) -> Table:
+    columns = ["cell", "seed", "eval_accuracy", "eval_loss", "eval_samples", "train_samples", "num_parameters"]
+    columns += ["images_seen", "training_flops", "wall_time_seconds", "peak_memory_bytes"]
+    rows = []
+    for cell in study.cells:
+        result = results.get(cell.name, {}).get(cell.seed)
+        if result is not None:
+            rows.append([cell.name, str(cell.seed), *(str(result.get(column, "")) for column in columns[2:])])
+    return Table("cells", "Every finished run.", columns, rows)

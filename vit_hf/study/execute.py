@@ -1,0 +1,210 @@
+"""Starts the runs of a study by `accelerate launch`, several side by side where that is asked for.
+
+What is finished is read from the runs' own folders, so there is no state to lose: a study that was killed goes on where
+each run's newest checkpoint is. The log of a run is locked by the processes that write it, so that a second study never
+starts a run that goes on elsewhere.
+"""
+
+import collections
+import dataclasses
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+import vit_hf
+from vit_hf.arguments import identity, saved_identity
+from vit_hf.data.sources import check_available
+from vit_hf.errors import ArgumentError, UserError
+from vit_hf.study.plan import Cell
+
+ROOT = Path(vit_hf.__file__).resolve().parents[1]  # where the two scripts are
+POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Where runs take place.
+
+    config_file: of accelerate. jobs: runs at a time. devices: numbers of the GPUs to use, dealt out evenly over the
+    jobs; empty: whatever the config file says, with the CPU's cores dealt out.
+    """
+
+    config_file: Path
+    jobs: int = 1
+    devices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.devices and len(self.devices) % self.jobs:
+            raise ArgumentError(
+                f"--devices: {len(self.devices)} devices do not divide evenly over --jobs {self.jobs}; take a divisor"
+            )
+        if not self.config_file.is_file():
+            raise ArgumentError(f"--config_file: {self.config_file} is no file; accelerate_configs/ holds some")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The file's content."""
+        return yaml.safe_load(self.config_file.read_text()) or {}
+
+    def command(self, cell: Cell, slot: int) -> tuple[list[str], dict[str, str]]:
+        """The command line of a run in this slot, and what it needs in its environment."""
+        words = ["--quiet", "--config_file", str(self.config_file)]
+        environment = {}
+        num_processes = int(self.settings.get("num_processes") or 1)
+        if self.devices:
+            share = len(self.devices) // self.jobs
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[slot * share : (slot + 1) * share])
+            num_processes = share
+            words += ["--num_processes", str(share)]
+        threads = max(1, (os.cpu_count() or 1) // (self.jobs * num_processes))
+        words += ["--num_cpu_threads_per_process", str(threads)]
+        if num_processes > 1:
+            words += ["--main_process_port", str(_free_port())]
+        script = str(ROOT / cell.script)
+        return [sys.executable, "-m", "accelerate.commands.launch", *words, script, *cell.words], environment
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the cell's folder holds this very run, finished."""
+    try:
+        before = yaml.safe_load((cell.output_dir / "run_config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return False
+    return (cell.output_dir / "all_results.json").exists() and saved_identity(before) == identity(cell.args)
+
+
+def missing_data(cells: list[Cell]) -> dict[Cell, str]:
+    """The unfinished cells whose set cannot be had here, each with the reason."""
+    reasons: dict[tuple[str | None, str | None], str | None] = {}
+    for cell in cells:
+        source = (cell.args.dataset_name, cell.args.dataset_config_name)
+        if source not in reasons and not is_finished(cell):
+            try:
+                check_available(*source)
+                reasons[source] = None
+            except UserError as error:
+                reasons[source] = str(error)
+    found = ((cell, reasons.get((cell.args.dataset_name, cell.args.dataset_config_name))) for cell in cells)
+    return {cell: reason for cell, reason in found if reason is not None and not is_finished(cell)}
+
+
+class Running:
+    """A run that has been started."""
+
+    def __init__(self, cell: Cell, slot: int, log: IO[bytes], launcher: Launcher):
+        self.cell, self.slot = cell, slot
+        command, environment = launcher.command(cell, slot)
+        self.start_time = time.monotonic()
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,  # every process of the run inherits the lock with it
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes to us alone, and a signal from us to all of them
+        )
+
+    def terminate(self) -> None:
+        """Asks for a checkpoint and the end."""
+        try:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+
+
+def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, float], None]) -> dict[Cell, str]:
+    """Runs what is not finished, each cell after the one it starts from; one that fails does not stop the others.
+
+    Args:
+        tell: called with a cell, finished or why not, and the seconds that it took just now.
+
+    Returns the cells that failed or could not be started, with the reason. On Ctrl-C or SIGTERM each run writes a
+    checkpoint before this returns.
+    """
+    failed = missing_data(cells)
+    for cell, reason in failed.items():
+        tell(cell, reason, 0.0)
+    elsewhere: set[Cell] = set()  # trained by what an earlier study started
+    waiting = collections.deque(cell for cell in cells if cell not in failed and not is_finished(cell))
+    running: list[Running] = []
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        while waiting or running:
+            for _ in range(len(waiting)):
+                cell = waiting.popleft()
+                if cell.start_from is not None and not is_finished(cell.start_from):
+                    if cell.start_from in failed or cell.start_from not in cells:
+                        failed[cell] = f"starts from {cell.start_from}, which is not trained"
+                        tell(cell, failed[cell], 0.0)
+                    else:
+                        waiting.append(cell)
+                elif len(running) == launcher.jobs:
+                    waiting.append(cell)
+                elif (started := _start(cell, running, launcher)) is not None:
+                    running.append(started)
+                elif is_finished(cell):
+                    tell(cell, "finished elsewhere", 0.0)
+                else:
+                    waiting.append(cell)
+                    if cell not in elsewhere:
+                        elsewhere.add(cell)
+                        print(f"{cell} is being trained by an earlier start; waiting for it", flush=True)
+            time.sleep(POLL_SECONDS)
+            for done in [run for run in running if run.process.poll() is not None]:
+                running.remove(done)
+                reason = "finished" if is_finished(done.cell) else _last_words(done.cell.log)
+                if reason != "finished":
+                    failed[done.cell] = reason
+                tell(done.cell, reason, time.monotonic() - done.start_time)
+    finally:
+        for run in running:
+            run.terminate()
+        for run in running:
+            _wait_for_lock(run.cell.log)
+        signal.signal(signal.SIGTERM, previous)
+    return failed
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _start(cell: Cell, running: list[Running], launcher: Launcher) -> Running | None:
+    """The started run; None while processes of an earlier study are still at it."""
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(cell.log, "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if is_finished(cell):
+            return None
+        free = set(range(launcher.jobs)) - {run.slot for run in running}
+        return Running(cell, min(free), log, launcher)
+
+
+def _wait_for_lock(log: Path) -> None:
+    with open(log, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _last_words(log: Path) -> str:
+    """Why a run failed: its own error line, or the last one that it printed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")] or lines or ["it printed nothing"]
+    return f"failed: {errors[-1].removeprefix('error: ')[:300]} ({log})"
