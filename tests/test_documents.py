@@ -16,10 +16,14 @@ from vit_hf.arguments import (
     check,
     parse,
 )
-from vit_hf.models.presets import PRESETS, parse_overrides, preset_config
+from vit_hf.commands.study import chosen, parse_words
+from vit_hf.models.presets import parse_overrides, preset_config
+from vit_hf.study.execute import Launcher
+from vit_hf.study.plan import read_study
 
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+STUDY_PAGES = [ROOT / "docs/study.md", ROOT / "docs/study.zh-CN.md"]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def commands():
@@ -42,6 +46,14 @@ def check_run(words):
     changes = parse_overrides(args.config_overrides)
     if args.preset is not None:
         preset_config(args.preset, changes)
+
+
+def check_study(words):
+    """A study's words; that its file can be read and has what --only names, where the file is one of ours."""
+    args = parse_words(words)
+    Launcher(ROOT / args.config_file, args.jobs, tuple(args.devices.split(",")) if args.devices else ())
+    if args.study.parts[0] == "studies":
+        assert chosen(read_study(args.study).cells, args.only)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -71,7 +83,7 @@ def test_launcher_config_names_files_that_exist_and_no_hyper_parameter(config):
 def test_documented_command(words):
     while "=" in words[0] and not words[0].startswith("-"):  # VARIABLE=value command
         words = words[1:]
-    for path in [word for word in words if re.match(r"(accelerate_configs|recipes|ds_configs)/", word)]:
+    for path in [word for word in words if re.match(r"(accelerate_configs|recipes|ds_configs|studies)/", word)]:
         assert (ROOT / path).exists(), path
     scripts = [place for place, word in enumerate(words) if word in ("run_pretrain.py", "run_finetune.py")]
     if scripts:
@@ -91,7 +103,11 @@ def test_documented_command(words):
     elif words[:2] == ["vit-hf", "report"]:
         assert len(words) > 2 and {word for word in words if word.startswith("--")} <= {"--output_dir"}
     elif words[:2] == ["vit-hf", "models"]:
-        assert all(word in PRESETS for word in words[2:])
+        changes = parse_overrides(words[4]) if words[3:4] == ["--config_overrides"] else {}
+        assert len(words) == 5 if changes else len(words) <= 3
+        assert all(preset_config(name, changes) for name in words[2:3])
+    elif words[:2] == ["vit-hf", "study"]:
+        check_study(words[2:])
     elif words[:2] == ["vit-hf", "convert"]:
         assert len(words) == 4 or words[4:] == ["--to", "timm"]
     else:
@@ -102,7 +118,7 @@ def test_flags_in_the_docs_exist():
     classes = (RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
-                "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet"}  # fmt: skip
+                "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices"}  # fmt: skip
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
             assert flag in known | launcher, f"{page.name}: {flag}"
@@ -133,3 +149,27 @@ def test_the_table_of_fields_has_every_field():
     page = (ROOT / "docs/models.md").read_text()
     for item in own_fields():
         assert f"| `{item.name}` |" in page, item.name
+
+
+@pytest.mark.parametrize("page", STUDY_PAGES, ids=lambda page: page.name)
+def test_lines_of_the_equations_stand_in_the_file_that_is_named(page):
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    path, found = None, 0
+    for line in block.splitlines():
+        if line.startswith("#"):
+            path = ROOT / "vit_hf/models" / re.search(r"\w+\.py", line)[0]
+        else:
+            assert line in path.read_text(), f"{path.name}: {line}"
+            found += 1
+    assert found > 10
+
+
+def test_the_study_pages_have_the_same_commands_and_the_example_is_a_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = [re.findall(r"```(bash|yaml)\n(.*?)```", page.read_text(), re.S) for page in STUDY_PAGES]
+    commands, translated = ([re.sub(r"  #.*", "", text) for _, text in page] for page in blocks)
+    assert commands == translated
+    (example,) = (text for kind, text in blocks[0] if kind == "yaml")
+    (tmp_path / "example.yaml").write_text(example)
+    study = read_study(tmp_path / "example.yaml")
+    assert len(study.cells) == 15 and len(study.questions[0].tests) == 3

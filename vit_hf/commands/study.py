@@ -1,5 +1,6 @@
 """`vit-hf study`: a grid of runs that answers questions, and the report of what came of them."""
 
+import argparse
 import fnmatch
 import time
 from pathlib import Path
@@ -16,17 +17,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Runs the cells of a study that are not finished yet, and writes its report to OUTPUT_DIR/report. Started again it
     goes on where it was; a cell that fails does not stop the others."""
-    parser = Parser(prog="vit-hf study", description=main.__doc__)
-    parser.add_argument("study", metavar="FILE", type=Path, help="a study, e.g. studies/paper_on_digits.yaml")
-    parser.add_argument("--only", help="run these cells and what they start from: names by comma, with * and ?")
-    parser.add_argument("--dry_run", action="store_true", help="one line a cell, with its time and disk; run nothing")
-    parser.add_argument("--output_dir", type=Path, help="folder of the runs (default: the file's)")
-    parser.add_argument("--config_file", type=Path, default=Path("accelerate_configs/cpu.yaml"), help="of accelerate launch: where each run takes place (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
-    parser.add_argument("--devices", help="numbers of the GPUs to use, by comma, dealt out evenly over the jobs")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise ArgumentError(f"--jobs: {args.jobs} is out of range, allowed is 1 or more")
+    args = parse_words(argv)
     from vit_hf.study.execute import Launcher, run_cells
     from vit_hf.study.plan import read_study
 
@@ -56,6 +47,22 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{len(wrong)} of {len(cells)} cells failed, {wrong[0]}: {failed[wrong[0]]}")
 
 
+def parse_words(argv: list[str]) -> argparse.Namespace:
+    """The words of the command line. Raises ArgumentError for those that cannot be right."""
+    parser = Parser(prog="vit-hf study", description=main.__doc__)
+    parser.add_argument("study", metavar="FILE", type=Path, help="a study, e.g. studies/paper_on_digits.yaml")
+    parser.add_argument("--only", help="run these cells and what they start from: names by comma, with * and ?")
+    parser.add_argument("--dry_run", action="store_true", help="one line a cell, with its time and disk; run nothing")
+    parser.add_argument("--output_dir", type=Path, help="folder of the runs (default: the file's)")
+    parser.add_argument("--config_file", type=Path, default=Path("accelerate_configs/cpu.yaml"), help="of accelerate launch: where each run takes place (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--devices", help="numbers of the GPUs to use, by comma, dealt out evenly over the jobs")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise ArgumentError(f"--jobs: {args.jobs} is out of range, allowed is 1 or more")
+    return args
+
+
 def chosen(cells: list["Cell"], only: str | None) -> list["Cell"]:
     """The cells that match, with those that they start from. Raises ArgumentError where none matches."""
     if only is None:
@@ -77,7 +84,7 @@ def dry_run(cells: list["Cell"], launcher: "Launcher") -> None:
     from vit_hf.study.cost import measured_costs
     from vit_hf.study.execute import is_finished, missing_data
 
-    missing = missing_data(cells)
+    missing = missing_data([cell for cell in cells if not is_finished(cell)])
     settings = launcher.settings
     num_devices = max(1, len(launcher.devices) // launcher.jobs)
     if not launcher.devices and not settings.get("use_cpu"):

@@ -105,7 +105,7 @@ def measure_speed(
     config: transformers.PreTrainedConfig,
     mixed_precision: str = "no",
     training: bool = True,
-    images: int = TRIAL_IMAGES,
+    images: int | None = None,
 ) -> float:
     """Images a second of one device that trains this model (AdamW), or only uses it; random weights and images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -81,26 +81,28 @@ def _free_port() -> int:
 
 def is_finished(cell: Cell) -> bool:
     """Whether the cell's folder holds this very run, finished."""
+    if not (cell.output_dir / "all_results.json").exists():
+        return False
     try:
         before = yaml.safe_load((cell.output_dir / "run_config.yaml").read_text())
     except (OSError, yaml.YAMLError):
         return False
-    return (cell.output_dir / "all_results.json").exists() and saved_identity(before) == identity(cell.args)
+    return saved_identity(before) == identity(cell.args)
 
 
 def missing_data(cells: list[Cell]) -> dict[Cell, str]:
-    """The unfinished cells whose set cannot be had here, each with the reason."""
+    """The cells whose set cannot be had here, each with the reason."""
     reasons: dict[tuple[str | None, str | None], str | None] = {}
     for cell in cells:
         source = (cell.args.dataset_name, cell.args.dataset_config_name)
-        if source not in reasons and not is_finished(cell):
+        if source not in reasons:
             try:
                 check_available(*source)
                 reasons[source] = None
             except UserError as error:
                 reasons[source] = str(error)
-    found = ((cell, reasons.get((cell.args.dataset_name, cell.args.dataset_config_name))) for cell in cells)
-    return {cell: reason for cell, reason in found if reason is not None and not is_finished(cell)}
+    found = {cell: reasons[cell.args.dataset_name, cell.args.dataset_config_name] for cell in cells}
+    return {cell: reason for cell, reason in found.items() if reason is not None}
 
 
 class Running:
@@ -131,33 +133,33 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
     """Runs what is not finished, each cell after the one it starts from; one that fails does not stop the others.
 
     Args:
+        cells: with those that they start from.
         tell: called with a cell, finished or why not, and the seconds that it took just now.
 
     Returns the cells that failed or could not be started, with the reason. On Ctrl-C or SIGTERM each run writes a
     checkpoint before this returns.
     """
-    failed = missing_data(cells)
+    finished = {cell for cell in cells if is_finished(cell)}
+    failed = missing_data([cell for cell in cells if cell not in finished])
     for cell, reason in failed.items():
         tell(cell, reason, 0.0)
     elsewhere: set[Cell] = set()  # trained by what an earlier study started
-    waiting = collections.deque(cell for cell in cells if cell not in failed and not is_finished(cell))
+    waiting = collections.deque(cell for cell in cells if cell not in failed and cell not in finished)
     running: list[Running] = []
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         while waiting or running:
             for _ in range(len(waiting)):
                 cell = waiting.popleft()
-                if cell.start_from is not None and not is_finished(cell.start_from):
-                    if cell.start_from in failed or cell.start_from not in cells:
-                        failed[cell] = f"starts from {cell.start_from}, which is not trained"
-                        tell(cell, failed[cell], 0.0)
-                    else:
-                        waiting.append(cell)
-                elif len(running) == launcher.jobs:
+                if cell.start_from in failed:
+                    failed[cell] = f"starts from {cell.start_from}, which is not trained"
+                    tell(cell, failed[cell], 0.0)
+                elif len(running) == launcher.jobs or cell.start_from not in {None, *finished}:
                     waiting.append(cell)
                 elif (started := _start(cell, running, launcher)) is not None:
                     running.append(started)
                 elif is_finished(cell):
+                    finished.add(cell)
                     tell(cell, "finished elsewhere", 0.0)
                 else:
                     waiting.append(cell)
@@ -167,9 +169,11 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
             time.sleep(POLL_SECONDS)
             for done in [run for run in running if run.process.poll() is not None]:
                 running.remove(done)
-                reason = "finished" if is_finished(done.cell) else _last_words(done.cell.log)
-                if reason != "finished":
-                    failed[done.cell] = reason
+                if is_finished(done.cell):
+                    finished.add(done.cell)
+                    reason = "finished"
+                else:
+                    failed[done.cell] = reason = _last_words(done.cell.log)
                 tell(done.cell, reason, time.monotonic() - done.start_time)
     finally:
         for run in running:
