@@ -79,9 +79,9 @@ def test_questions_name_cells(tmp_path):
     (question,) = read_study(written(tmp_path)).questions
     rows = [(row.cell, row.label, row.x, row.quoted) for row in question.rows]
     assert rows == [
-        ("glyphs-10", "after glyphs", "10", "0.9"),
-        ("glyphs-all", "after glyphs", "all", "0.9"),
-        ("fractal-10", "after fractal", "10", "0.9"),
+        ("glyphs-10", "after glyphs", "10", ""),
+        ("glyphs-all", "after glyphs", "all", ""),
+        ("fractal-10", "after fractal", "10", ""),
         ("fractal-all", "after fractal", "all", "0.9"),
     ]
     pairs = [(test.greater, test.than, test.margin) for test in question.tests if not test.equal]

@@ -2,13 +2,14 @@
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 Point = tuple[float, float | None]  # a mean, and half the width of its interval where it has one
 
 
 def accuracy_by_category(series: dict[str, dict[str, Point]], xlabel: str) -> Figure:
     """One line a model over values that are names, e.g. {"ViT": {"10": (0.61, 0.02), "all": (0.98, None)}}."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     values = list(dict.fromkeys(x for points in series.values() for x in points))
     for number, (label, points) in enumerate(series.items()):
@@ -22,11 +23,14 @@ def accuracy_by_category(series: dict[str, dict[str, Point]], xlabel: str) -> Fi
 
 def accuracy_by_cost(points: dict[str, tuple[float, Point]]) -> Figure:
     """One point a model against its operations for an image, e.g. {"ViT": (42e6, (0.98, 0.01))}."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, (label, (flops, (mean, width))) in enumerate(points.items()):
         axes.errorbar(flops / 1e6, mean, width or 0, label=label, marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
     axes.set(xscale="log", xlabel="forward pass of one image, MFLOP")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     return _finished(figure, axes)
 
 
@@ -44,5 +48,5 @@ def accuracy_by_row(points: dict[str, Point]) -> Figure:
 def _finished(figure: Figure, axes: Axes) -> Figure:
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure

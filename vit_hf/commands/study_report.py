@@ -74,7 +74,13 @@ def _question(
     configs = {row: model_config(cells[row.cell]) for row in known}
     flops = {row: forward_flops(config) for row, config in configs.items()}
     speeds: dict[str, float] = {}
-    columns = ["model", *([question.x] if any(row.x for row in found) else []), "accuracy", "seeds", "parameters"]
+    columns = [
+        "model",
+        *([question.x.replace("_", " ")] if any(row.x for row in found) else []),
+        "accuracy",
+        "seeds",
+        "parameters",
+    ]
     columns += ["MFLOP an image", *(["images/s, forward"] if question.x == "forward_flops" else []), "quoted"]
     lines = []
     for row, value in found.items():
@@ -91,11 +97,17 @@ def _question(
         lines.append([*line, row.quoted])
     blocks: list[Block] = [Heading(question.question), f"Claim: {question.claim} Source: {question.source}."]
     if known:
-        blocks.append(Picture(f"question_{number}", question.question, _picture(question, known, flops)))
-    blocks.append(Table(f"question_{number}", "Accuracy", columns, lines))
+        blocks.append(
+            Picture(
+                f"question_{number}",
+                "Accuracy, mean and 95 % interval over the seeds.",
+                _picture(question, known, flops),
+            )
+        )
+    blocks.append(Table(f"question_{number}", "The same as numbers.", columns, lines))
     if verdicts:
         tests = [[verdict.test, verdict.result, verdict.verdict] for verdict in verdicts]
-        blocks.append(Table(f"question_{number}_tests", "Tests", ["claim", "result", "verdict"], tests))
+        blocks.append(Table(f"question_{number}_tests", "What is tested.", ["claim", "result", "verdict"], tests))
     return blocks
 
 
@@ -107,7 +119,7 @@ def _picture(question: Question, known: dict[Any, Estimate], flops: dict[Any, fl
     series: dict[str, dict[str, tuple[float, float | None]]] = {}
     for row, value in known.items():
         series.setdefault(row.label, {})[row.x] = (value.mean, value.half_width)
-    return accuracy_by_category(series, question.x)
+    return accuracy_by_category(series, question.x.replace("_", " "))
 
 
 def _not_run(study: Study, results: Results, failed: dict[Cell, str]) -> list[Block]:

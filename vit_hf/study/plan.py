@@ -69,7 +69,8 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a question's table. x: its value on the question's axis, where the cell's name has that axis."""
+    """A line of a question's table. x: its value on the question's axis, where the cell's name has that axis. quoted:
+    what others found; of a cell with axes it belongs to the last value, which is usually all of the data."""
 
     cell: str
     label: str
@@ -271,8 +272,10 @@ def _question(item: Any, axes: dict[str, dict[str, Any]], cells: list[str], path
     for row in item.get("rows") or []:
         _check_keys(row, "a row", path)
         template, label = str(row.get("cell")), str(row.get("label", row.get("cell")))
-        for name, values in expand(template, axes, path):
-            rows.append(Row(known(name), _fill(label, values, path), str(row.get("quoted", "")), _place(values, x)))
+        expanded = list(expand(template, axes, path))
+        for name, values in expanded:
+            quoted = str(row.get("quoted", "")) if name == expanded[-1][0] else ""
+            rows.append(Row(known(name), _fill(label, values, path), quoted, _place(values, x)))
     tests = []
     for test in item.get("tests") or []:
         _check_keys(test, "a test", path)
