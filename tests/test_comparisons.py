@@ -17,7 +17,9 @@ def bars(axes):
 
 def test_lines_over_names():
     """A model that lacks a value is drawn at its own values, not at the first ones."""
-    figure = accuracy_by_category({"a": {"10": (0.5, 0.1), "all": (0.9, None)}, "b": {"all": (0.8, 0.05)}}, "images")
+    figure = accuracy_by_category(
+        {"a $x": {"all": (0.9, None), "10": (0.5, 0.1)}, "b": {"all": (0.8, 0.05)}}, ("10", "30", "all"), "images"
+    )
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "all"]
     first, second, third = bars(axes)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from tests.runs import DEMO_DEFAULTS, ROOT, lines, python, trajectory
@@ -68,12 +69,13 @@ def test_a_study_from_its_file_to_its_report(tmp_path):
     )
     done = study(path, "--jobs", 2)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "1 of 5 cells failed, broken seed 0: failed: --preset vit-demo" in done.stderr.splitlines()[-1]
+    assert "3 of 5 cells have no result; gone seed 0: " in done.stderr.splitlines()[-1]
     told = {line.split("] ")[1].split(":")[0]: line for line in done.stdout.splitlines() if line.startswith("[")}
     assert len(told) == 5
     assert "finished" in told["scratch seed 0"] and "finished" in told["tuned seed 0"]
     assert "starts from broken seed 0, which is not trained" in told["after-broken seed 0"]
     assert "no such folder" in told["gone seed 0"]
+    assert "failed: --preset vit-demo-patch8-32: image_size 33" in told["broken seed 0"]
 
     accuracy = {
         name: json.loads((tmp_path / f"runs/{name}/seed-0/all_results.json").read_text())["eval_accuracy"]
@@ -96,7 +98,7 @@ def test_a_study_from_its_file_to_its_report(tmp_path):
 
     written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/seed-0/model.safetensors")}
     again = study(path, "--only", "tuned")
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
     assert "finished" not in again.stdout and len(written) == 2
     assert all(file.stat().st_mtime_ns == when for file, when in written.items())
     assert f"| {accuracy['tuned']:.4f} " in (tmp_path / "runs/report/report.md").read_text()
@@ -209,7 +211,10 @@ def test_devices_are_dealt_out(tmp_path):
     [
         (["--jobs", 0], "--jobs: 0 is out of range"),
         (["--jobs", 2, "--devices", "0,1,2"], "3 devices do not divide evenly over --jobs 2"),
-        (["--config_file", "none.yaml"], "--config_file: none.yaml is no file"),
+        (["--config_file", "none.yaml"], "--config_file: none.yaml is no file of accelerate"),
+        (["--devices", "0,1"], "cpu.yaml runs on the CPU"),
+        (["--config_file", "accelerate_configs/single_gpu.yaml", "--devices", "0,1"], "takes one device a run"),
+        (["--config_file", "accelerate_configs/single_gpu.yaml", "--jobs", 2], "would share a GPU"),
         (["--only", "scratc"], "--only: 'scratc' matches none of scratch, tuned"),
     ],
 )
@@ -258,11 +263,11 @@ def test_images_of_known_sets_and_subsets(tmp_path):
     def counts(**flags):
         return image_counts(cell_of(tmp_path, max_eval_samples=10**9, **flags))
 
-    assert counts(dataset_name="cifar10") == (50_000, 10_000)
-    assert counts(dataset_name="ILSVRC/imagenet-1k", subset_fraction=0.5) == (640_584, 50_000)
-    assert counts(dataset_name="cifar10", subset_per_class=30, subset_classes="cat,dog") == (60, 2000)
-    assert counts(dataset_name="cifar10", max_train_samples=77) == (77, 10_000)
-    assert counts() == (1347, 450)  # digits, counted
+    assert counts(dataset_name="cifar10") == (50_000, 10_000, 10)
+    assert counts(dataset_name="ILSVRC/imagenet-1k", subset_fraction=0.5) == (640_584, 50_000, 1000)
+    assert counts(dataset_name="cifar10", subset_per_class=30, subset_classes="cat,dog") == (60, 2000, 2)
+    assert counts(dataset_name="cifar10", max_train_samples=77) == (77, 10_000, 10)
+    assert counts() == (1347, 450, 10)  # digits, counted
 
 
 def test_model_of_a_cell_that_starts_from_another(tmp_path):
@@ -372,3 +377,62 @@ def test_a_folder_with_another_run_is_not_finished(tmp_path, run):
     assert execute.is_finished(cell)
     (other,) = read_study(write_study(tmp_path, {"only": (VIT, {"learning_rate": 0.1}, {})})).cells
     assert isinstance(other.args, RunArguments) and not execute.is_finished(other)
+    (cell.output_dir / "run_config.yaml").write_text("")
+    assert not execute.is_finished(cell)
+
+
+def finish(cell, seconds):
+    """Writes what a finished run leaves, as far as a study looks at it."""
+    cell.output_dir.mkdir(parents=True, exist_ok=True)
+    (cell.output_dir / "run_config.yaml").write_text(yaml.safe_dump(vars(cell.args)))
+    (cell.output_dir / "all_results.json").write_text(json.dumps({"wall_time_seconds": seconds}))
+    if cell.start_from is not None:
+        cell.origin.write_text(execute.fingerprint(cell.start_from))
+
+
+def test_what_started_from_an_older_training_is_not_finished(tmp_path):
+    """The parent is removed and trained anew: the child is neither counted nor gone on with."""
+    path = write_study(tmp_path, {"parent": (VIT, {}, {}), "child": (None, {}, {"start_from": "parent"})})
+    parent, child = read_study(path).cells
+    finish(parent, 1.0)
+    finish(child, 1.0)
+    assert execute.is_finished(child) and execute._begun_otherwise(child) is None
+    finish(parent, 2.0)
+    assert execute.is_finished(parent) and not execute.is_finished(child)
+    told = []
+    failed = execute.run_cells([parent, child], Launcher(CPU), lambda *words: told.append(words[:2]))
+    assert list(failed) == [child] and told == [(child, failed[child])]
+    assert "began with another training of parent seed 0; remove the folder" in failed[child]
+
+
+def test_a_study_may_be_moved(tmp_path):
+    """The path of what a run started from is written otherwise; it is the same training."""
+    path = write_study(tmp_path, {"parent": (VIT, {}, {}), "child": (None, {}, {"start_from": "parent"})})
+    for cell in read_study(path).cells:
+        finish(cell, 1.0)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert all(execute.is_finished(cell) for cell in read_study(path, tmp_path / "moved").cells)
+
+
+def test_the_reason_is_that_of_the_last_start(tmp_path):
+    log = tmp_path / "seed-0.log"
+    log.write_text("error: yesterday's mistake\n")
+    start = log.stat().st_size
+    assert "it printed nothing" in execute._last_words(log, start)
+    with open(log, "a") as file:
+        file.write("Traceback\n  ...\nRuntimeError: today's\n")
+    assert execute._last_words(log, start) == f"failed: RuntimeError: today's ({log})"
+    with open(log, "a") as file:
+        file.write("[rank 1] error: the flag is wrong\nthe launcher has more to say\n")
+    assert execute._last_words(log, start) == f"failed: [rank 1] error: the flag is wrong ({log})"
+
+
+def test_sizes_that_are_not_known_are_not_downloaded(tmp_path):
+    from vit_hf.study.cost import measured_costs
+
+    cell = cell_of(tmp_path, dataset_name="someone/pictures")
+    assert measured_costs([cell], torch.device("cpu"), 1, "no") == {}
+    (tmp_path / "classes.txt").write_text("cat\ndog\nship\n")
+    listed = cell_of(tmp_path, dataset_name="cifar10", subset_classes=str(tmp_path / "classes.txt"))
+    assert image_counts(listed) == (15_000, 101, 3)
+    assert image_counts(cell_of(tmp_path, dataset_name="cifar10", subset_per_class=6000))[0] == 50_000

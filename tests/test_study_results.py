@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from vit_hf.study.plan import Claim
+from vit_hf.study.questions import Claim
 from vit_hf.study.results import difference_interval, estimate, judge, overall, sample
 
 
@@ -42,7 +42,8 @@ def test_against_a_number_it_is_students():
 
 def test_one_seed_is_tested_by_its_images():
     verdict = judge(Claim(greater="a", than="b"), results(a=[0.9], b=[0.8]))
-    error = (0.9 * 0.1 / 1000 + 0.8 * 0.2 / 1000) ** 0.5
+    a, b = 902 / 1004, 802 / 1004  # two right and two wrong answers more
+    error = (a * (1 - a) / 1004 + b * (1 - b) / 1004) ** 0.5
     assert f"[{0.1 - 1.959964 * error:+.4f}, {0.1 + 1.959964 * error:+.4f}]" in verdict.result
     assert verdict.verdict == "supported" and "one seed of a, b" in verdict.result
 
@@ -84,3 +85,14 @@ def test_what_was_not_run_is_not_tested():
     verdict = judge(Claim(equal=("a", "b"), within=1), found)
     assert (verdict.verdict, verdict.result) == ("not tested", "no result of b")
     assert overall([verdict, judge(Claim(greater="a", than=0.1), found)]) == "1 of 2 supported, 1 not tested"
+
+
+def test_no_spread_is_no_certainty():
+    """One image of a thousand more, by every seed; and all right on a small set, by one seed."""
+    found = results(a=(0.901, 0.901), b=(0.9, 0.9))
+    for claim in (Claim(greater="a", than="b"), Claim(equal=("a", "b"), within=0.02)):
+        verdict = judge(claim, found)
+        assert verdict.verdict == "undecided" and "the same for all seeds" in verdict.result
+    assert str(estimate([0.9, 0.9])) == "0.9000 (all seeds)"
+    one = {name: {0: {"eval_accuracy": value, "eval_samples": 20}} for name, value in (("a", 1.0), ("b", 0.95))}
+    assert judge(Claim(greater="a", than="b"), one).verdict == "undecided"

@@ -7,16 +7,23 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 Point = tuple[float, float | None]  # a mean, and half the width of its interval where it has one
 
 
-def accuracy_by_category(series: dict[str, dict[str, Point]], xlabel: str) -> Figure:
-    """One line a model over values that are names, e.g. {"ViT": {"10": (0.61, 0.02), "all": (0.98, None)}}."""
+def accuracy_by_category(series: dict[str, dict[str, Point]], places: tuple[str, ...], xlabel: str) -> Figure:
+    """One line a model over names in the order of `places`: {"ViT": {"10": (0.61, 0.02), "all": (0.98, None)}}."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    values = list(dict.fromkeys(x for points in series.values() for x in points))
+    values = [place for place in places if any(place in points for points in series.values())]
     for number, (label, points) in enumerate(series.items()):
         shift = 0.05 * (number - (len(series) - 1) / 2)  # so that intervals do not hide each other
-        places = [values.index(x) + shift for x in points]
-        means, widths = zip(*points.values(), strict=True)
-        axes.errorbar(places, means, [width or 0 for width in widths], label=label, marker="o", capsize=3)
+        drawn = [x for x in values if x in points]
+        means, widths = zip(*(points[x] for x in drawn), strict=True)
+        axes.errorbar(
+            [values.index(x) + shift for x in drawn],
+            means,
+            [width or 0 for width in widths],
+            label=_label(label),
+            marker="o",
+            capsize=3,
+        )
     axes.set(xticks=range(len(values)), xticklabels=values, xlabel=xlabel)
     return _finished(figure, axes)
 
@@ -26,7 +33,7 @@ def accuracy_by_cost(points: dict[str, tuple[float, Point]]) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, (label, (flops, (mean, width))) in enumerate(points.items()):
-        axes.errorbar(flops / 1e6, mean, width or 0, label=label, marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
+        axes.errorbar(flops / 1e6, mean, width or 0, label=_label(label), marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
     axes.set(xscale="log", xlabel="forward pass of one image, MFLOP")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -40,9 +47,16 @@ def accuracy_by_row(points: dict[str, Point]) -> Figure:
     axes = figure.subplots()
     for place, (mean, width) in enumerate(points.values()):
         axes.errorbar(mean, place, xerr=width or 0, marker="o", color="C0", capsize=3)
-    axes.set(yticks=range(len(points)), yticklabels=points, xlabel="accuracy", ylim=(len(points) - 0.5, -0.5))
+    axes.set(
+        yticks=range(len(points)), yticklabels=map(_label, points), xlabel="accuracy", ylim=(len(points) - 0.5, -0.5)
+    )
     axes.grid(alpha=0.3)
     return figure
+
+
+def _label(text: str) -> str:
+    """matplotlib reads what stands between dollars as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _finished(figure: Figure, axes: Axes) -> Figure:

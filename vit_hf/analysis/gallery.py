@@ -43,9 +43,11 @@ def model_figures(
         preprocessing: its mean and standard deviation normalise the images.
 
     Raises:
-        ValueError: patches do not divide the images.
+        ValueError: patches do not divide the images, or a weight is not finite.
     """
     device = next(model.parameters()).device
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        raise ValueError("some of the model's weights are not finite: training has failed, there is nothing to draw")
     mean, std = (
         torch.tensor(channels, device=device)[:, None, None]
         for channels in (preprocessing.image_mean, preprocessing.image_std)

@@ -20,6 +20,10 @@ def main(argv: list[str]) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
+    if output_dir.name == "figures" and (output_dir.parent / "run_config.yaml").exists():
+        raise UserError(
+            f"--output_dir: {output_dir} belongs to the run, which publishes what is in it; name another folder"
+        )
     files = image_files(args.images, args.num_images) if args.images is not None else None
 
     import torch
@@ -43,7 +47,8 @@ def main(argv: list[str]) -> None:
         preprocessing = make_preprocessing(args, model.config, size)
     images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    blocks = model_figures(model, images, preprocessing)
+    with model_errors(args):
+        blocks = model_figures(model, images, preprocessing)
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     pixels = " x ".join(map(str, preprocessing.image_size))
     intro = f"{len(images)} images {what}, at {pixels} pixels (height x width)."

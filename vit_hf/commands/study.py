@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
 
     command = f"vit-hf study {args.study}"
     print(f"report: {write_report(study, failed, command)}")
-    wrong = [cell for cell, reason in failed.items() if reason.startswith("failed")]
-    if wrong:
-        raise UserError(f"{len(wrong)} of {len(cells)} cells failed, {wrong[0]}: {failed[wrong[0]]}")
+    if failed:
+        cell, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(cells)} cells have no result; {cell}: {reason}")
 
 
 def parse_words(argv: list[str]) -> argparse.Namespace:
@@ -81,30 +81,28 @@ def chosen(cells: list["Cell"], only: str | None) -> list["Cell"]:
 
 def dry_run(cells: list["Cell"], launcher: "Launcher") -> None:
     """Prints each cell with its state, its time on this device and its disk."""
-    from vit_hf.study.cost import measured_costs
+    from vit_hf.study.cost import measured_costs, trial_device
     from vit_hf.study.execute import is_finished, missing_data
 
-    missing = missing_data([cell for cell in cells if not is_finished(cell)])
-    settings = launcher.settings
-    num_devices = max(1, len(launcher.devices) // launcher.jobs)
-    if not launcher.devices and not settings.get("use_cpu"):
-        num_devices = int(settings.get("num_processes") or 1)
+    rest = [cell for cell in cells if not is_finished(cell)]
+    missing = missing_data(rest)
+    device, num_devices, note = trial_device(launcher)
     try:
-        costs = measured_costs(cells, str(settings.get("mixed_precision", "no")), num_devices)
-    except (ValueError, OSError) as error:
+        costs = measured_costs(rest, device, num_devices, str(launcher.settings.get("mixed_precision", "no")))
+    except (ValueError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())[:300]) from None
     width = max(len(str(cell)) for cell in cells)
     for cell in cells:
-        state = "finished" if is_finished(cell) else "no data" if cell in missing else "to run"
-        cost = costs[cell]
-        print(f"{cell!s:{width}}  {duration(cost.seconds):>9}  {cost.disk_bytes / 1e6:>9.1f} MB  {state}")
+        state = "finished" if cell not in rest else "no data" if cell in missing else "to run"
+        cost = costs.get(cell)
+        time_taken, disk = ("-", "-") if cost is None else (duration(cost.seconds), f"{cost.disk_bytes / 1e6:.1f} MB")
+        print(f"{cell!s:{width}}  {time_taken:>9}  {disk:>12}  {state}")
     for reason in dict.fromkeys(missing.values()):
         print(f"no data: {reason}")
-    rest = [cell for cell in cells if not is_finished(cell)]
     print(
-        f"{len(rest)} of {len(cells)} cells to run: {duration(sum(costs[cell].seconds for cell in rest))} one after another, "
-        f"{sum(cost.disk_bytes for cost in costs.values()) / 1e9:.2f} GB of disk for all\n"
-        "Time: computing alone, from a second of training on this device; reading and augmenting images come on top."
+        f"{len(rest)} of {len(cells)} cells to run: {duration(sum(cost.seconds for cost in costs.values()))} one after "
+        f"another, {sum(cost.disk_bytes for cost in costs.values()) / 1e9:.2f} GB of disk\n"
+        f"Time: computing alone, from a second of training on {note}; reading and augmenting images come on top."
     )
 
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
 
 from vit_hf.analysis.comparisons import accuracy_by_category, accuracy_by_cost, accuracy_by_row
 from vit_hf.analysis.document import Block, Heading, Picture, Table, write_document
 from vit_hf.models.summary import forward_flops
-from vit_hf.study.cost import measure_speed, model_config, same_speed
-from vit_hf.study.plan import Cell, Question, Study
+from vit_hf.study.cost import family_config, measure_speed, same_speed
+from vit_hf.study.plan import Cell, Study
+from vit_hf.study.questions import Question
 from vit_hf.study.results import Estimate, Results, Verdict, accuracies, collect, estimate, judge, overall
 
 METHOD = (
@@ -25,13 +28,13 @@ METHOD = (
 def write_report(study: Study, failed: dict[Cell, str], command: str) -> Path:
     """Writes OUTPUT_DIR/report/report.html, .md, its pictures, and its tables as CSV and LaTeX; returns the page."""
     results = collect(study)
-    first = {cell.name: cell for cell in reversed(study.cells)}
+    folders = {cell.name: cell.output_dir for cell in study.cells if cell.seed in results.get(cell.name, {})}
     verdicts = [[judge(test, results) for test in question.tests] for question in study.questions]
     blocks: list[Block] = [*_header(study, results, command), METHOD]
     if study.questions:
         blocks.append(_answers(study.questions, verdicts))
     for number, (question, outcome) in enumerate(zip(study.questions, verdicts, strict=True), 1):
-        blocks += _question(number, question, outcome, results, first)
+        blocks += _question(number, question, outcome, results, folders)
     blocks += _not_run(study, results, failed)
     folder = study.output_dir / "report"
     write_document(folder, "report", study.title, blocks)
@@ -67,13 +70,13 @@ def _answers(questions: list[Question], verdicts: list[list[Verdict]]) -> Table:
 
 
 def _question(
-    number: int, question: Question, verdicts: list[Verdict], results: Results, cells: dict[str, Cell]
+    number: int, question: Question, verdicts: list[Verdict], results: Results, folders: dict[str, Path]
 ) -> list[Block]:
     found = {row: estimate(accuracies(results, row.cell)) for row in question.rows}
     known = {row: value for row, value in found.items() if value is not None}
-    configs = {row: model_config(cells[row.cell]) for row in known}
+    configs = {row: family_config(str(folders[row.cell])) for row in known}
     flops = {row: forward_flops(config) for row, config in configs.items()}
-    speeds: dict[str, float] = {}
+    speeds: dict[str, str] = {}
     columns = [
         "model",
         *([question.x.replace("_", " ")] if any(row.x for row in found) else []),
@@ -81,7 +84,11 @@ def _question(
         "seeds",
         "parameters",
     ]
-    columns += ["MFLOP an image", *(["images/s, forward"] if question.x == "forward_flops" else []), "quoted"]
+    columns += [
+        "MFLOP an image",
+        *([f"images/s forward, {device_name()}"] if question.x == "forward_flops" else []),
+        "quoted",
+    ]
     lines = []
     for row, value in found.items():
         line = [row.label, *([row.x or ""] if any(row.x for row in found) else [])]
@@ -92,8 +99,9 @@ def _question(
         line += [str(value), str(len(value.values)), f"{parameters / 1e6:.2f} M", f"{flops[row] / 1e6:.0f}"]
         if question.x == "forward_flops":
             key = same_speed(configs[row])
-            speeds[key] = speeds.get(key) or measure_speed(configs[row], training=False, images=64)
-            line.append(f"{speeds[key]:.0f}")
+            if key not in speeds:
+                speeds[key] = forward_speed(configs[row])
+            line.append(speeds[key])
         lines.append([*line, row.quoted])
     blocks: list[Block] = [Heading(question.question), f"Claim: {question.claim} Source: {question.source}."]
     if known:
@@ -111,6 +119,20 @@ def _question(
     return blocks
 
 
+def device_name() -> str:
+    """The device that writes the report, and on which the speed of a forward pass is measured."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+
+
+def forward_speed(config: transformers.PreTrainedConfig) -> str:
+    """Images a second, 64 at a time in fp32; nothing where that does not fit."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return f"{measure_speed(config, device, 64, training=False):.0f}"
+    except RuntimeError:  # a device that is full is no reason to lose the report
+        return ""
+
+
 def _picture(question: Question, known: dict[Any, Estimate], flops: dict[Any, float]) -> Any:
     if question.x == "forward_flops":
         return accuracy_by_cost({row.label: (flops[row], (v.mean, v.half_width)) for row, v in known.items()})
@@ -119,7 +141,7 @@ def _picture(question: Question, known: dict[Any, Estimate], flops: dict[Any, fl
     series: dict[str, dict[str, tuple[float, float | None]]] = {}
     for row, value in known.items():
         series.setdefault(row.label, {})[row.x] = (value.mean, value.half_width)
-    return accuracy_by_category(series, question.x.replace("_", " "))
+    return accuracy_by_category(series, question.places, question.x.replace("_", " "))
 
 
 def _not_run(study: Study, results: Results, failed: dict[Cell, str]) -> list[Block]:

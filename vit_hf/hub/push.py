@@ -15,7 +15,6 @@ from vit_hf.errors import UserError
 UPLOADED = [
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
     "README.md", "run_config.yaml", "metrics.jsonl", "all_results.json", "learning_curves.png", "*.py",
-    "figures/*.png",
 ]  # fmt: skip
 
 
@@ -43,11 +42,11 @@ def push(output_dir: Path, name: str, private: bool) -> str:
     Raises:
         UserError: the Hub refused or could not be reached; names the command that uploads the folder later.
     """
+    files = [path for path in sorted(output_dir.iterdir()) if path.is_file() and _goes_up(path.name)]
+    files += sorted((output_dir / "figures").glob("*.png"))
     try:
         api = HfApi()
         name = api.create_repo(name, private=private or None, exist_ok=True).repo_id
-        files = [path for path in sorted(output_dir.iterdir()) if path.is_file() and _goes_up(path.name)]
-        files += sorted((output_dir / "figures").glob("*.png"))
         commit = api.create_commit(
             name,
             operations=[CommitOperationAdd(path.relative_to(output_dir).as_posix(), _content(path)) for path in files],
@@ -55,7 +54,8 @@ def push(output_dir: Path, name: str, private: bool) -> str:
         )
         return str(commit.repo_url)
     except Exception as error:  # every fault of network and Hub ends alike: the folder stays, the user can repeat it
-        options = " ".join(f"--include {shlex.quote(pattern)}" for pattern in UPLOADED) + " --exclude 'checkpoint-*/*'"
+        names = (path.relative_to(output_dir).as_posix() for path in files)
+        options = " ".join(f"--include {shlex.quote(name)}" for name in names)
         options += " --private" if private else ""
         raise UserError(
             f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; upload it later with: "

@@ -8,7 +8,10 @@ starts a run that goes on elsewhere.
 import collections
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -43,17 +46,36 @@ class Launcher:
     devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.devices and len(self.devices) % self.jobs:
+        settings, flag = self.settings, f"--config_file {self.config_file}"
+        if len(self.devices) % self.jobs:
             raise ArgumentError(
                 f"--devices: {len(self.devices)} devices do not divide evenly over --jobs {self.jobs}; take a divisor"
             )
-        if not self.config_file.is_file():
-            raise ArgumentError(f"--config_file: {self.config_file} is no file; accelerate_configs/ holds some")
+        if self.devices and settings.get("use_cpu"):
+            raise ArgumentError(
+                f"--devices: {flag} runs on the CPU; take accelerate_configs/single_gpu.yaml or ddp.yaml"
+            )
+        if len(self.devices) > self.jobs and settings.get("distributed_type") == "NO":
+            raise ArgumentError(
+                f"--devices: {flag} takes one device a run; take accelerate_configs/ddp.yaml, or more --jobs"
+            )
+        if self.jobs > 1 and not self.devices and not settings.get("use_cpu"):
+            raise ArgumentError(
+                f"--jobs: {self.jobs} runs of {flag} would share a GPU; deal the GPUs out by --devices"
+            )
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The file's content."""
-        return yaml.safe_load(self.config_file.read_text()) or {}
+        """The file's content. Raises ArgumentError where it cannot be read."""
+        try:
+            content = yaml.safe_load(self.config_file.read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            content = None
+        if not isinstance(content, dict):
+            raise ArgumentError(
+                f"--config_file: {self.config_file} is no file of accelerate; accelerate_configs/ has some"
+            )
+        return content
 
     def command(self, cell: Cell, slot: int) -> tuple[list[str], dict[str, str]]:
         """The command line of a run in this slot, and what it needs in its environment."""
@@ -65,12 +87,17 @@ class Launcher:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[slot * share : (slot + 1) * share])
             num_processes = share
             words += ["--num_processes", str(share)]
-        threads = max(1, (os.cpu_count() or 1) // (self.jobs * num_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // (self.jobs * num_processes))
         words += ["--num_cpu_threads_per_process", str(threads)]
         if num_processes > 1:
             words += ["--main_process_port", str(_free_port())]
-        script = str(ROOT / cell.script)
-        return [sys.executable, "-m", "accelerate.commands.launch", *words, script, *cell.words], environment
+        script = ROOT / cell.script
+        if not script.is_file():
+            raise UserError(
+                f"{script} is not there: studies are run from a checkout of the project (pip install -e .)"
+            )
+        return [sys.executable, "-m", "accelerate.commands.launch", *words, str(script), *cell.words], environment
 
 
 def _free_port() -> int:
@@ -80,14 +107,30 @@ def _free_port() -> int:
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the cell's folder holds this very run, finished."""
+    """Whether the cell's folder holds this very run, finished, and begun with the training of `start_from` that is
+    there now."""
     if not (cell.output_dir / "all_results.json").exists():
         return False
     try:
         before = yaml.safe_load((cell.output_dir / "run_config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        then, now = saved_identity(before), identity(cell.args)
+    except (OSError, yaml.YAMLError, AttributeError):
         return False
-    return saved_identity(before) == identity(cell.args)
+    if cell.start_from is not None:  # its path may be written otherwise; what it held is compared
+        if not is_finished(cell.start_from) or not began_with(cell):
+            return False
+        then["model_name_or_path"] = now["model_name_or_path"]
+    return then == now
+
+
+def fingerprint(cell: Cell) -> str:
+    """Of a finished training: no two have the same, since its results hold what it took."""
+    return hashlib.sha256((cell.output_dir / "all_results.json").read_bytes()).hexdigest()
+
+
+def began_with(cell: Cell) -> bool:
+    """Whether the run began with the training of `start_from` that is there now."""
+    return cell.origin.exists() and cell.origin.read_text() == fingerprint(cell.start_from)
 
 
 def missing_data(cells: list[Cell]) -> dict[Cell, str]:
@@ -110,6 +153,7 @@ class Running:
 
     def __init__(self, cell: Cell, slot: int, log: IO[bytes], launcher: Launcher):
         self.cell, self.slot = cell, slot
+        self.log_start = log.tell()
         command, environment = launcher.command(cell, slot)
         self.start_time = time.monotonic()
         self.process = subprocess.Popen(
@@ -156,6 +200,9 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
                     tell(cell, failed[cell], 0.0)
                 elif len(running) == launcher.jobs or cell.start_from not in {None, *finished}:
                     waiting.append(cell)
+                elif reason := _begun_otherwise(cell):
+                    failed[cell] = reason
+                    tell(cell, reason, 0.0)
                 elif (started := _start(cell, running, launcher)) is not None:
                     running.append(started)
                 elif is_finished(cell):
@@ -165,7 +212,7 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
                     waiting.append(cell)
                     if cell not in elsewhere:
                         elsewhere.add(cell)
-                        print(f"{cell} is being trained by an earlier start; waiting for it", flush=True)
+                        print(f"{cell} is being trained by an earlier start; waiting for it ({cell.log})", flush=True)
             time.sleep(POLL_SECONDS)
             for done in [run for run in running if run.process.poll() is not None]:
                 running.remove(done)
@@ -173,7 +220,7 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
                     finished.add(done.cell)
                     reason = "finished"
                 else:
-                    failed[done.cell] = reason = _last_words(done.cell.log)
+                    failed[done.cell] = reason = _last_words(done.cell.log, done.log_start)
                 tell(done.cell, reason, time.monotonic() - done.start_time)
     finally:
         for run in running:
@@ -188,6 +235,13 @@ def _stop(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def _begun_otherwise(cell: Cell) -> str | None:
+    """Why a folder cannot be gone on with: what it started from was trained anew since."""
+    if cell.start_from is None or not cell.output_dir.exists() or began_with(cell):
+        return None
+    return f"failed: {cell.output_dir} began with another training of {cell.start_from}; remove the folder"
+
+
 def _start(cell: Cell, running: list[Running], launcher: Launcher) -> Running | None:
     """The started run; None while processes of an earlier study are still at it."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +252,8 @@ def _start(cell: Cell, running: list[Running], launcher: Launcher) -> Running | 
             return None
         if is_finished(cell):
             return None
+        if cell.start_from is not None:
+            cell.origin.write_text(fingerprint(cell.start_from))
         free = set(range(launcher.jobs)) - {run.slot for run in running}
         return Running(cell, min(free), log, launcher)
 
@@ -207,8 +263,10 @@ def _wait_for_lock(log: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _last_words(log: Path) -> str:
-    """Why a run failed: its own error line, or the last one that it printed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")] or lines or ["it printed nothing"]
+def _last_words(log: Path, start: int) -> str:
+    """Why a run failed: the error line that it printed from `start` on, or else its last line."""
+    with open(log, "rb") as file:
+        file.seek(max(start, log.stat().st_size - 65536))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)] or lines or ["it printed nothing"]
     return f"failed: {errors[-1].removeprefix('error: ')[:300]} ({log})"

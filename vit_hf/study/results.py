@@ -13,7 +13,8 @@ from typing import Any
 from scipy import stats
 
 from vit_hf.study.execute import is_finished
-from vit_hf.study.plan import Claim, Study
+from vit_hf.study.plan import Study
+from vit_hf.study.questions import Claim
 
 LEVEL = 0.95
 Results = dict[str, dict[int, dict[str, Any]]]  # {cell: {seed: all_results.json}}
@@ -28,6 +29,8 @@ class Estimate:
     values: tuple[float, ...]
 
     def __str__(self) -> str:
+        if self.half_width == 0:
+            return f"{self.mean:.4f} (all seeds)"
         width = "" if self.half_width is None else f" ± {self.half_width:.4f}"
         return f"{self.mean:.4f}{width}"
 
@@ -79,14 +82,19 @@ class Sample:
 
 
 def sample(results: Results, cell: str | float) -> Sample | None:
-    """Over the seeds of a cell; over the evaluation images where it has one seed (binomial); a number is exact. None
-    where the cell has no results."""
+    """Over the seeds of a cell; over the evaluation images where it has one seed; a number is exact. None where the
+    cell has no results.
+
+    Source: the binomial variance of Agresti and Coull (The American Statistician 52, 1998), which is not 0 at 0 or 1.
+    """
     if isinstance(cell, float):
         return Sample(cell, 0.0, math.inf)
     values = accuracies(results, cell)
     if len(values) == 1:
         (result,) = results[cell].values()
-        return Sample(values[0], values[0] * (1 - values[0]) / result["eval_samples"], math.inf)
+        images = result["eval_samples"]
+        share = (values[0] * images + 2) / (images + 4)
+        return Sample(values[0], share * (1 - share) / (images + 4), math.inf)
     return (
         Sample(statistics.fmean(values), statistics.variance(values) / len(values), len(values) - 1)
         if values
@@ -109,7 +117,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
     `greater`: supported where the 95 % interval of the difference lies above the margin, contradicted where it lies
     below. `equal`: supported where for each pair the 90 % interval lies within the bounds (two one-sided tests at 5 %:
     Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987), contradicted where the 95 % interval of a pair lies outside.
-    Nothing is corrected for the number of tests.
+    Undecided is all else, and where no cell varies over its seeds, which leaves no interval. Nothing is corrected for
+    the number of tests.
     """
     names = claim.equal or (claim.greater, claim.than)
     margin = f" by more than {claim.margin:g}" if claim.margin else ""
@@ -119,6 +128,9 @@ def judge(claim: Claim, results: Results) -> Verdict:
     missing = [str(name) for name in names if samples[name] is None]
     if missing:
         return Verdict(text, f"no result of {', '.join(missing)}", "not tested")
+    if not any(one.variance for one in samples.values()):
+        means = ", ".join(f"{one.mean:.4f}" for one in samples.values())
+        return Verdict(text, f"{means}, the same for all seeds: no interval", "undecided")
     single = [str(name) for name in names if len(results.get(name, {})) == 1]
     note = f" (one seed of {', '.join(single)}: over the evaluation images)" if single else ""
     if not claim.equal:
