@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +41,7 @@ def main(argv: list[str]) -> None:
     failed = run_cells(cells, launcher, tell)
     from vit_hf.commands.study_report import write_report
 
-    command = f"vit-hf study {args.study}"
-    print(f"report: {write_report(study, failed, command)}")
+    print(f"report: {write_report(study, failed, f'vit-hf study {shlex.join(argv)}')}")
     if failed:
         cell, reason = next(iter(failed.items()))
         raise UserError(f"{len(failed)} of {len(cells)} cells have no result; {cell}: {reason}")

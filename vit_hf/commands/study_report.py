@@ -37,6 +37,8 @@ def write_report(study: Study, failed: dict[Cell, str], command: str) -> Path:
         blocks += _question(number, question, outcome, results, folders)
     blocks += _not_run(study, results, failed)
     folder = study.output_dir / "report"
+    for left in folder.glob("not_run.*"):  # by a report of fewer cells
+        left.unlink()
     write_document(folder, "report", study.title, blocks)
     (folder / "cells.csv").write_text(_cells(study, results).csv())
     return folder / "report.html"
