@@ -173,3 +173,16 @@ def test_the_study_pages_have_the_same_commands_and_the_example_is_a_study(tmp_p
     (tmp_path / "example.yaml").write_text(example)
     study = read_study(tmp_path / "example.yaml")
     assert len(study.cells) == 15 and len(study.questions[0].tests) == 3
+
+
+def test_numbers_of_the_study_are_those_of_its_report():
+    """Each `mean ± interval` of the pages stands in the committed report, and each count of verdicts in English."""
+    report = (ROOT / "studies/results/paper_on_digits/report.md").read_text()
+    found = 0
+    for page in PAGES:
+        for number in re.findall(r"0\.\d{4} ± 0\.\d{4}", page.read_text()):
+            assert number in report, f"{page.name}: {number}"
+            found += 1
+        for count in re.findall(r'": (\d+ of \d+ supported[^|]*?) \|', page.read_text()):
+            assert f"| {count} " in report, f"{page.name}: {count}"
+    assert found > 60
