@@ -76,3 +76,9 @@ def lines(output_dir, key="loss"):
 def trajectory(output_dir):
     """[(step, loss, grad_norm)]"""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(output_dir)]
+
+
+def evaluation(output_dir):
+    """The last evaluation, without what the clock says."""
+    last = lines(output_dir, "eval_accuracy")[-1]
+    return {name: value for name, value in last.items() if name != "wall_time_seconds"}

@@ -65,6 +65,7 @@ def test_a_model_without_a_head_is_not_evaluated(trained, tmp_path):
         dispatch(["evaluate", str(tmp_path / "headless"), "--dataset_name", "digits"])
 
 
+@pytest.mark.slow
 def test_evaluate_on_foreign_classes_is_one_line(trained):
     result = python("-m", "vit_hf.cli", "evaluate", trained, "--dataset_name", "glyphs")
     assert result.returncode == 1 and "Traceback" not in result.stderr

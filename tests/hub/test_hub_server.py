@@ -118,6 +118,7 @@ assert data["train"][3]["image"].getpixel((0, 0)) == (3, 0, 0)
 """)
 
 
+@pytest.mark.slow
 def test_streaming_reads_ranges(hub, client):
     hub.add_repo("dataset", "someone/pets", {"data/train-00000-of-00001.parquet": image_parquet(8)})
     client("""
@@ -130,6 +131,7 @@ assert [row["label"] for row in rows] == [0, 1] * 4 and rows[3]["image"].getpixe
     assert 206 in {request.status for request in hub.requests}
 
 
+@pytest.mark.slow
 def test_access_is_refused_as_on_the_hub(hub, client):
     hub.add_repo("dataset", "someone/gated", {"data/train.parquet": image_parquet(2)}, gated=True)
     hub.add_repo("model", "someone/secret", {"config.json": b"{}"}, private=True)
@@ -216,6 +218,7 @@ else:
 """)
 
 
+@pytest.mark.slow
 def test_transformers_by_id(hub, client):
     client("""
 import torch

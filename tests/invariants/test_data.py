@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import DEMO_DEFAULTS, ROOT, in_process, lines, python, trajectory, words
+from tests.runs import DEMO_DEFAULTS, ROOT, evaluation, in_process, lines, python, trajectory, words
 
 POLICY = dict(randaugment="num_ops=2,magnitude=9", random_erasing=0.25, random_flip=0.5, color_jitter=0.3)
 
@@ -42,7 +42,7 @@ def test_the_number_of_workers_does_not_change_the_course(run, tmp_path, picture
     alone = run("pretrain", output_dir=tmp_path / "alone", dataloader_num_workers=0, **flags_of(pictures))
     shared = run("pretrain", output_dir=tmp_path / "shared", dataloader_num_workers=2, **flags_of(pictures))
     assert trajectory(alone) == trajectory(shared) and len(trajectory(alone)) == 6
-    assert lines(alone, "eval_accuracy")[-1] == lines(shared, "eval_accuracy")[-1]
+    assert evaluation(alone) == evaluation(shared)
 
 
 @pytest.mark.parametrize(
