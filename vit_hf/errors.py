@@ -35,8 +35,6 @@ def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
         rank = int(os.environ.get("RANK", "0"))
         print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
         status = error.exit_status
-    except BrokenPipeError:  # whoever read what we print has enough, as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in SURROUNDINGS:
             raise
