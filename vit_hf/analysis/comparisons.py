@@ -4,6 +4,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+from vit_hf.analysis.curves import legend_label
+
 Point = tuple[float, float | None]  # a mean, and half the width of its interval where it has one
 
 
@@ -20,7 +22,7 @@ def accuracy_by_category(series: dict[str, dict[str, Point]], places: tuple[str,
             [values.index(x) + shift for x in drawn],
             means,
             [width or 0 for width in widths],
-            label=_label(label),
+            label=legend_label(label),
             marker="o",
             capsize=3,
         )
@@ -33,7 +35,7 @@ def accuracy_by_cost(points: dict[str, tuple[float, Point]]) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, (label, (flops, (mean, width))) in enumerate(points.items()):
-        axes.errorbar(flops / 1e6, mean, width or 0, label=_label(label), marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
+        axes.errorbar(flops / 1e6, mean, width or 0, label=legend_label(label), marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
     axes.set(xscale="log", xlabel="forward pass of one image, MFLOP")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -48,15 +50,13 @@ def accuracy_by_row(points: dict[str, Point]) -> Figure:
     for place, (mean, width) in enumerate(points.values()):
         axes.errorbar(mean, place, xerr=width or 0, marker="o", color="C0", capsize=3)
     axes.set(
-        yticks=range(len(points)), yticklabels=map(_label, points), xlabel="accuracy", ylim=(len(points) - 0.5, -0.5)
+        yticks=range(len(points)),
+        yticklabels=map(legend_label, points),
+        xlabel="accuracy",
+        ylim=(len(points) - 0.5, -0.5),
     )
     axes.grid(alpha=0.3)
     return figure
-
-
-def _label(text: str) -> str:
-    """matplotlib reads what stands between dollars as a formula."""
-    return text.replace("$", r"\$")
 
 
 def _finished(figure: Figure, axes: Axes) -> Figure:

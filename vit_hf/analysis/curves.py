@@ -76,7 +76,7 @@ def draw_curves(runs: dict[str, Lines], panels: Sequence[Panel]) -> Figure:
         runs: {name: the lines of its metrics.jsonl}.
     """
     shown = drawable(runs, panels) or list(panels)
-    labels = [_label(name) for name in runs]
+    labels = [legend_label(name) for name in runs]
     longest = max(map(len, labels))
     outside = len(runs) > LEGEND_INSIDE or longest > LEGEND_INSIDE_LENGTH
     width = 4.5 * len(shown) + (0.6 + 0.075 * longest if outside else 0)
@@ -161,7 +161,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _label(name: str) -> str:
+def legend_label(name: str) -> str:
     """The end of a long path says more than its beginning; what matplotlib reads as a formula, or as no label, is
     only a name here."""
     short = name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}"

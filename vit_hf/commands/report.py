@@ -167,10 +167,12 @@ def cell(value: Any, text) -> str:
 
 
 def duration(seconds: float) -> str:
-    """47 s; 12.3 min; 3.41 h."""
+    """`47 s`, `12.3 min`, `3.41 h`, `8.1 days`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.2f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Any], list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_hf.arguments import Parser
+from vit_hf.commands.report import duration
 from vit_hf.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -104,11 +105,3 @@ def dry_run(cells: list["Cell"], launcher: "Launcher") -> None:
         f"another, {sum(cost.disk_bytes for cost in costs.values()) / 1e9:.2f} GB of disk\n"
         f"Time: computing alone, from a second of training on {note}; reading and augmenting images come on top."
     )
-
-
-def duration(seconds: float) -> str:
-    """`41 s`, `12 min`, `3.4 h`, `8.1 days`."""
-    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
-    return f"{seconds / 86400:.1f} days"
