@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.families import FAMILIES, VIT
 from tests.runs import launch, python, trajectory, words
+from tests.test_convert import google_arrays, timm_folder, timm_tensors
 from vit_hf.analysis import figures
 from vit_hf.analysis.document import Picture
 from vit_hf.analysis.gallery import model_figures, sample_images
@@ -97,6 +98,19 @@ def test_a_stock_vit_of_transformers_has_all_figures(tmp_path):
     config = transformers.ViTConfig(**VIT, image_size=32, patch_size=8, num_labels=3)
     save(transformers.ViTForImageClassification(config), tmp_path / "stock")
     dispatch(["figures", str(tmp_path / "stock"), "--num_images", "1", "--output_dir", str(tmp_path / "out")])
+    assert drawn(tmp_path / "out") == EVERY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["timm", "google"])
+def test_a_converted_checkpoint_has_all_figures(tmp_path, origin):
+    if origin == "timm":  # 24 x 16 pixels in patches of 8, and names its classes by number
+        source = timm_folder(tmp_path / "source", timm_tensors(), pool="token")
+    else:
+        source = tmp_path / "source.npz"
+        np.savez(source, **google_arrays())
+    dispatch(["convert", str(source), str(tmp_path / "model")])
+    dispatch(["figures", str(tmp_path / "model"), "--num_images", "2", "--output_dir", str(tmp_path / "out")])
     assert drawn(tmp_path / "out") == EVERY
 
 
