@@ -158,6 +158,7 @@ def output_figures(vit: ViTModel, images: np.ndarray, looks: list[Attention], ti
     if looks[0].rollout is None:
         return ["pooling is mean: there is no output token whose attention could be drawn; see the saliency below."]
     token = "class token" if vit.config.has_class_token else "pooling probe"
+    where = "the last layer" if vit.config.has_class_token else "the pooling"
     shown = min(HEADS_SHOWN, len(images))
     heads = np.stack([seen.heads for seen in looks[:shown]])
     return [
@@ -172,10 +173,10 @@ def output_figures(vit: ViTModel, images: np.ndarray, looks: list[Attention], ti
         ),
         Picture(
             "attention_heads",
-            f"Attention of the {token} in the {'last layer' if vit.config.has_class_token else 'pooling'}, head by head.",
+            f"Attention of the {token} in {where}, head by head.",
             figures.maps_over_images(
                 images[:shown], heads, titles, [f"head {number + 1}" for number in range(heads.shape[1])],
-                f"Attention of the {token}, head by head",
+                f"Attention of the {token} in {where}, head by head",
             ),
         ),
     ]  # fmt: skip

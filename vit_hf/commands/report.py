@@ -14,7 +14,7 @@ COLUMNS = [
 ]  # fmt: skip
 CAPTION = (
     "The last values of each run; nothing is selected on the evaluation split. accuracy: top-1 and the number of "
-    "evaluation images; loss: training loss; images/s: the median line; training FLOPs: 3 x those of the model's forward "
+    "evaluation images; loss: training loss; images/s: the median of the logged lines; training FLOPs: 3 x those of the model's forward "
     "pass for each image seen; peak memory: of the main process, on its accelerator where it uses one."
 )
 

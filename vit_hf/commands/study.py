@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,32 +21,41 @@ def main(argv: list[str]) -> None:
     """Runs the cells of a study that are not finished yet, and writes its report to OUTPUT_DIR/report. Started again it
     goes on where it was; a cell that fails does not stop the others."""
     args = parse_words(argv)
-    from vit_hf.study.execute import Launcher, run_cells
+    from vit_hf.study.execute import Launcher, is_finished, run_cells
     from vit_hf.study.plan import read_study
 
     study = read_study(args.study, args.output_dir)
     cells = chosen(study.cells, args.only)
     launcher = Launcher(args.config_file, args.jobs, tuple(args.devices.split(",")) if args.devices else ())
+    check_places(study.output_dir, launcher.devices)
     if args.dry_run:
         dry_run(cells, launcher)
         return
+    to_run = [cell for cell in cells if not is_finished(cell)]
+    print(
+        f"{len(to_run)} of {len(cells)} runs to do, {launcher.jobs} at a time; each prints to {study.output_dir}/CELL/seed-N.log"
+    )
     start, count = time.monotonic(), 0
 
     def tell(cell: "Cell", outcome: str, seconds: float) -> None:
         nonlocal count
         count += 1
         print(
-            f"[{count}] {cell}: {outcome}, {duration(seconds)}; {duration(time.monotonic() - start)} in all",
+            f"[{count}/{len(to_run)}] {cell}: {outcome}, {duration(seconds)}; {duration(time.monotonic() - start)} in all",
             flush=True,
         )
 
-    failed = run_cells(cells, launcher, tell)
+    try:
+        failed = run_cells(cells, launcher, tell)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; each run has written a checkpoint, and the same command goes on from there", file=sys.stderr)
+        raise
     from vit_hf.commands.study_report import write_report
 
     print(f"report: {write_report(study, failed, f'vit-hf study {shlex.join(argv)}')}")
     if failed:
         cell, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(cells)} cells have no result; {cell}: {reason}")
+        raise UserError(f"{len(failed)} of {len(cells)} runs have no result; {cell}: {reason}")
 
 
 def parse_words(argv: list[str]) -> argparse.Namespace:
@@ -80,6 +90,22 @@ def chosen(cells: list["Cell"], only: str | None) -> list["Cell"]:
     return [cell for cell in cells if cell in wanted]
 
 
+def check_places(output_dir: Path, devices: tuple[str, ...]) -> None:
+    """Raises UserError for a folder that is a file, or GPUs that this machine does not have."""
+    for path in (output_dir, *output_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output_dir: {path} is a file; name a folder")
+    if devices:
+        import torch
+
+        there = [str(number) for number in range(torch.cuda.device_count())]
+        for device in devices:
+            if device not in there:
+                raise UserError(
+                    f"--devices: {device!r} is none of this machine's GPUs: {', '.join(there) or 'it has none'}"
+                )
+
+
 def dry_run(cells: list["Cell"], launcher: "Launcher") -> None:
     """Prints each cell with its state, its time on this device and its disk."""
     from vit_hf.study.cost import measured_costs, trial_device
@@ -101,7 +127,8 @@ def dry_run(cells: list["Cell"], launcher: "Launcher") -> None:
     for reason in dict.fromkeys(missing.values()):
         print(f"no data: {reason}")
     print(
-        f"{len(rest)} of {len(cells)} cells to run: {duration(sum(cost.seconds for cost in costs.values()))} one after "
+        f"{len(rest)} of {len(cells)} runs to do: {duration(sum(cost.seconds for cost in costs.values()))} one after "
         f"another, {sum(cost.disk_bytes for cost in costs.values()) / 1e9:.2f} GB of disk\n"
-        f"Time: computing alone, from a second of training on {note}; reading and augmenting images come on top."
+        f"Time: computing alone, from a second of training on {note}; reading and augmenting images come on top, "
+        "and what else runs on the machine."
     )

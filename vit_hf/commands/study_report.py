@@ -10,7 +10,7 @@ import yaml
 from vit_hf.analysis.comparisons import accuracy_by_category, accuracy_by_cost, accuracy_by_row
 from vit_hf.analysis.document import Block, Heading, Picture, Table, write_document
 from vit_hf.models.summary import forward_flops
-from vit_hf.study.cost import family_config, measure_speed, same_speed
+from vit_hf.study.cost import family_config, measure_speed
 from vit_hf.study.plan import Cell, Study
 from vit_hf.study.questions import Question
 from vit_hf.study.results import Estimate, Results, Verdict, accuracies, collect, estimate, judge, overall
@@ -30,11 +30,12 @@ def write_report(study: Study, failed: dict[Cell, str], command: str) -> Path:
     results = collect(study)
     folders = {cell.name: cell.output_dir for cell in study.cells if cell.seed in results.get(cell.name, {})}
     verdicts = [[judge(test, results) for test in question.tests] for question in study.questions]
+    speeds: dict[tuple[int, int], str] = {}
     blocks: list[Block] = [*_header(study, results, command), METHOD]
     if study.questions:
         blocks.append(_answers(study.questions, verdicts))
     for number, (question, outcome) in enumerate(zip(study.questions, verdicts, strict=True), 1):
-        blocks += _question(number, question, outcome, results, folders)
+        blocks += _question(number, question, outcome, results, folders, speeds)
     blocks += _not_run(study, results, failed)
     folder = study.output_dir / "report"
     for left in folder.glob("not_run.*"):  # by a report of fewer cells
@@ -56,7 +57,7 @@ def _header(study: Study, results: Results, command: str) -> list[str]:
     devices = sorted({f"{item['device']}, mixed precision {item['mixed_precision']}" for item in settings})
     versions = sorted({", ".join(f"{k} {v}" for k, v in item["versions"].items()) for item in settings})
     return [
-        f"{len(done)} of {len(study.cells)} cells are finished; seeds {', '.join(map(str, study.seeds))}. "
+        f"{len(done)} of {len(study.cells)} runs are finished; seeds {', '.join(map(str, study.seeds))}. "
         f"Command: {command}",
         f"Cost: {hours:.2f} hours of runs, {flops:.2e} FLOP of training. On: {'; '.join(devices)}. "
         f"Versions: {'; '.join(versions)}.",
@@ -72,13 +73,17 @@ def _answers(questions: list[Question], verdicts: list[list[Verdict]]) -> Table:
 
 
 def _question(
-    number: int, question: Question, verdicts: list[Verdict], results: Results, folders: dict[str, Path]
+    number: int,
+    question: Question,
+    verdicts: list[Verdict],
+    results: Results,
+    folders: dict[str, Path],
+    speeds: dict[tuple[int, int], str],
 ) -> list[Block]:
     found = {row: estimate(accuracies(results, row.cell)) for row in question.rows}
     known = {row: value for row, value in found.items() if value is not None}
     configs = {row: family_config(str(folders[row.cell])) for row in known}
     flops = {row: forward_flops(config) for row, config in configs.items()}
-    speeds: dict[str, str] = {}
     columns = [
         "model",
         *([question.x.replace("_", " ")] if any(row.x for row in found) else []),
@@ -100,7 +105,7 @@ def _question(
         parameters = next(iter(results[row.cell].values()))["num_parameters"]
         line += [str(value), str(len(value.values)), f"{parameters / 1e6:.2f} M", f"{flops[row] / 1e6:.0f}"]
         if question.x == "forward_flops":
-            key = same_speed(configs[row])
+            key = flops[row], parameters  # as many as another has: the same model
             if key not in speeds:
                 speeds[key] = forward_speed(configs[row])
             line.append(speeds[key])
@@ -114,7 +119,7 @@ def _question(
                 _picture(question, known, flops),
             )
         )
-    blocks.append(Table(f"question_{number}", "The same as numbers.", columns, lines))
+    blocks.append(Table(f"question_{number}", "The accuracy of each model.", columns, lines))
     if verdicts:
         tests = [[verdict.test, verdict.result, verdict.verdict] for verdict in verdicts]
         blocks.append(Table(f"question_{number}_tests", "What is tested.", ["claim", "result", "verdict"], tests))
@@ -151,7 +156,7 @@ def _not_run(study: Study, results: Results, failed: dict[Cell, str]) -> list[Bl
     if not rest:
         return []
     rows = [[str(cell), failed.get(cell, "not asked for")] for cell in rest]
-    return [Heading("Not run"), Table("not_run", "Cells without a result.", ["cell", "why"], rows)]
+    return [Heading("Not run"), Table("not_run", "Runs without a result.", ["run", "why"], rows)]
 
 
 def _cells(study: Study, results: Results) -> Table:

@@ -113,7 +113,8 @@ def trial_device(launcher: Launcher) -> tuple[torch.device, int, str]:
 
 
 def speed(step: Callable[[int], Any], images: int, device: torch.device) -> float:
-    """Images a second of a step of so many images; the first step warms up, unless it alone takes long enough."""
+    """Images a second of a step of so many images: the fastest of some, after one to warm up. What else runs on the
+    machine only ever makes a step slower."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -122,12 +123,11 @@ def speed(step: Callable[[int], Any], images: int, device: torch.device) -> floa
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    if (first := timed()) > TRIAL_SECONDS:
-        return images / first
-    seconds = [timed()]
+    timed()
+    seconds = [timed(), timed()]
     while sum(seconds) < TRIAL_SECONDS:
         seconds.append(timed())
-    return images * len(seconds) / sum(seconds)
+    return images / min(seconds)
 
 
 def measure_speed(
@@ -155,12 +155,6 @@ def measure_speed(
             optimizer.zero_grad()
 
     return speed(step, images, device)
-
-
-def same_speed(config: transformers.PreTrainedConfig) -> str:
-    """A text that is the same for configurations that cost the same."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("id2label", "label2id")}
-    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def estimate_cost(cell: Cell, images_per_second: float) -> Cost:
@@ -209,8 +203,11 @@ def measured_costs(
             config = model_config(cell)
         except UserError:  # the size of its set is not known
             continue
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{cell}: {error}") from None
         images = min(TRIAL_IMAGES[device.type], cell.args.per_device_train_batch_size or cell.args.global_batch_size)
-        key = same_speed(config), images
+        fields = {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")}
+        key = json.dumps(fields, sort_keys=True, default=str), images
         if key not in speeds:
             speeds[key] = measure_speed(config, device, images, mixed_precision=mixed_precision)
         costs[cell] = estimate_cost(cell, speeds[key] * num_devices)

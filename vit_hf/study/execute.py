@@ -71,7 +71,7 @@ class Launcher:
             content = yaml.safe_load(self.config_file.read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
             content = None
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or "distributed_type" not in content:
             raise ArgumentError(
                 f"--config_file: {self.config_file} is no file of accelerate; accelerate_configs/ has some"
             )
@@ -178,7 +178,7 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
 
     Args:
         cells: with those that they start from.
-        tell: called with a cell, finished or why not, and the seconds that it took just now.
+        tell: called with a cell, `finished` or why not, and the seconds that it took just now.
 
     Returns the cells that failed or could not be started, with the reason. On Ctrl-C or SIGTERM each run writes a
     checkpoint before this returns.

@@ -48,7 +48,7 @@ def read_question(item: Any, axes: Axes, cells: list[str]) -> Question:
     item = known_keys(item, "a question", ("question", "claim", "source", "rows", "tests", "x"))
     x = text(item.get("x"), "x") or None
     if x is not None and x != "forward_flops" and x not in axes:
-        raise ArgumentError(f"x: {x!r} is neither forward_flops nor one of {', '.join(axes)}")
+        raise ArgumentError(f"x: {x!r} is neither forward_flops nor an axis; there are {', '.join(axes) or 'none'}")
     places = tuple(axes.get(x, ()))
     rows: list[Row] = []
     for row in listed(item.get("rows"), "rows"):
@@ -78,6 +78,10 @@ def _claims(test: Any, axes: Axes, cells: list[str]) -> list[Claim]:
     if set(test) - {"margin"} != {"greater", "than"}:
         raise ArgumentError(f"a test is 'greater, than, margin' or 'equal, within', found {', '.join(test)}")
     margin, than = number(test.get("margin", 0), "margin"), test["than"]
+    if isinstance(than, (int, float)):
+        than = number(than, "than")
+        if not 0 <= than <= 1:
+            raise ArgumentError(f"than: {than:g} is no accuracy, allowed is a cell or a number from 0 to 1")
     return [
         Claim(
             _known(name, cells),

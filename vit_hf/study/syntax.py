@@ -54,7 +54,7 @@ def expand(template: str, axes: Axes) -> list[tuple[str, dict[str, str]]]:
     names = list(dict.fromkeys(re.findall(r"\{(\w+)\}", template)))
     for name in names:
         if name not in axes:
-            raise ArgumentError(f"{template}: no axis {name!r}, {nearest(name, axes)}")
+            raise ArgumentError(f"{template}: no axis {name!r}, {nearest(name, axes) if axes else 'there are none'}")
     grid = [dict(zip(names, labels, strict=True)) for labels in itertools.product(*(axes[name] for name in names))]
     return [(fill(template, values), values) for values in grid]
 
