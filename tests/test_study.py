@@ -191,13 +191,16 @@ def test_a_run_that_outlived_its_study_is_waited_for(tmp_path):
     assert (folder / "all_results.json").exists()
 
 
-def test_devices_are_dealt_out(tmp_path):
+def test_devices_are_dealt_out(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     path = write_study(tmp_path, {"only": (VIT, {}, {})})
     (cell,) = read_study(path).cells
     launcher = Launcher(ROOT / "accelerate_configs/ddp.yaml", jobs=2, devices=("0", "1", "4", "5"))
     command, environment = launcher.command(cell, 1)
     assert environment == {"CUDA_VISIBLE_DEVICES": "4,5"}
     assert command[command.index("--num_processes") + 1] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,GPU-a,GPU-b,6,7")
+    assert launcher.command(cell, 1)[1] == {"CUDA_VISIBLE_DEVICES": "6,7"}
     assert command[command.index("--config") - 1].endswith("run_pretrain.py")
     ports = {command[command.index("--main_process_port") + 1] for command, _ in [launcher.command(cell, 0)]}
     assert ports and all(port.isdecimal() for port in ports)

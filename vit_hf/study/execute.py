@@ -84,7 +84,9 @@ class Launcher:
         num_processes = int(self.settings.get("num_processes") or 1)
         if self.devices:
             share = len(self.devices) // self.jobs
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[slot * share : (slot + 1) * share])
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers count what is visible to us
+            names = [visible[int(number)] if visible != [""] else number for number in self.devices]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * share : (slot + 1) * share])
             num_processes = share
             words += ["--num_processes", str(share)]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
