@@ -12,7 +12,7 @@ from vit_hf.analysis.document import Block, Heading, Picture, Table, write_docum
 from vit_hf.models.summary import forward_flops
 from vit_hf.study.cost import family_config, measure_speed
 from vit_hf.study.plan import Cell, Study
-from vit_hf.study.questions import Question
+from vit_hf.study.questions import Question, Row
 from vit_hf.study.results import Estimate, Results, Verdict, accuracies, collect, estimate, judge, overall
 
 METHOD = (
@@ -81,49 +81,52 @@ def _question(
     speeds: dict[tuple[int, int], str],
 ) -> list[Block]:
     found = {row: estimate(accuracies(results, row.cell)) for row in question.rows}
-    known = {row: value for row, value in found.items() if value is not None}
-    configs = {row: family_config(str(folders[row.cell])) for row in known}
+    configs = {row: family_config(str(folders[row.cell])) for row, value in found.items() if value is not None}
     flops = {row: forward_flops(config) for row, config in configs.items()}
-    columns = [
-        "model",
-        *([question.x.replace("_", " ")] if any(row.x for row in found) else []),
-        "accuracy",
-        "seeds",
-        "parameters",
-    ]
-    columns += [
-        "MFLOP an image",
-        *([f"images/s forward, {device_name()}"] if question.x == "forward_flops" else []),
-        "quoted",
-    ]
-    lines = []
-    for row, value in found.items():
-        line = [row.label, *([row.x or ""] if any(row.x for row in found) else [])]
-        if value is None:
-            lines.append([*line, "not run", *[""] * (len(columns) - len(line) - 2), row.quoted])
-            continue
-        parameters = next(iter(results[row.cell].values()))["num_parameters"]
-        line += [str(value), str(len(value.values)), f"{parameters / 1e6:.2f} M", f"{flops[row] / 1e6:.0f}"]
-        if question.x == "forward_flops":
-            key = flops[row], parameters  # as many as another has: the same model
-            if key not in speeds:
-                speeds[key] = forward_speed(configs[row])
-            line.append(speeds[key])
-        lines.append([*line, row.quoted])
     blocks: list[Block] = [Heading(question.question), f"Claim: {question.claim} Source: {question.source}."]
-    if known:
-        blocks.append(
-            Picture(
-                f"question_{number}",
-                "Accuracy, mean and 95 % interval over the seeds.",
-                _picture(question, known, flops),
-            )
-        )
-    blocks.append(Table(f"question_{number}", "The accuracy of each model.", columns, lines))
+    if configs:
+        figure = _picture(question, {row: found[row] for row in configs}, flops)
+        blocks.append(Picture(f"question_{number}", "Accuracy, mean and 95 % interval over the seeds.", figure))
+    lines = [
+        _line(row, question, found[row], flops.get(row), results.get(row.cell), configs.get(row), speeds)
+        for row in found
+    ]
+    if lines:
+        cells = [list(line.values()) for line in lines]
+        blocks.append(Table(f"question_{number}", "The accuracy of each model.", list(lines[0]), cells))
     if verdicts:
         tests = [[verdict.test, verdict.result, verdict.verdict] for verdict in verdicts]
         blocks.append(Table(f"question_{number}_tests", "What is tested.", ["claim", "result", "verdict"], tests))
     return blocks
+
+
+def _line(
+    row: Row,
+    question: Question,
+    value: Estimate | None,
+    flops: int | None,
+    seeds: dict[int, dict[str, Any]] | None,
+    config: transformers.PreTrainedConfig | None,
+    speeds: dict[tuple[int, int], str],
+) -> dict[str, str]:
+    """The cells of a row by their columns; those of a row without runs are empty."""
+    line = {"model": row.label}
+    if question.places:
+        line[question.x.replace("_", " ")] = row.x or ""
+    line |= {"accuracy": "not run", "seeds": "", "parameters": "", "MFLOP an image": ""}
+    speed = ""
+    if value is not None:
+        parameters = next(iter(seeds.values()))["num_parameters"]
+        line |= {"accuracy": str(value), "seeds": str(len(value.values)), "parameters": f"{parameters / 1e6:.2f} M"}
+        line["MFLOP an image"] = f"{flops / 1e6:.0f}"
+        if question.x == "forward_flops":
+            key = flops, parameters  # as many as another has: the same model
+            if key not in speeds:
+                speeds[key] = forward_speed(config)
+            speed = speeds[key]
+    if question.x == "forward_flops":
+        line[f"images/s forward, {device_name()}"] = speed
+    return line | {"quoted": row.quoted}
 
 
 def device_name() -> str:
