@@ -188,6 +188,7 @@ def fresh(folders, tmp_path_factory):
     return json.loads(done.stdout.split("RESULT")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_form_is_saved_as_a_transformers_model(folders, fresh, name):
     root, models = folders
@@ -201,6 +202,7 @@ def test_stock_form_is_saved_as_a_transformers_model(folders, fresh, name):
     torch.testing.assert_close(torch.tensor(fresh[name]["logits"]), logits_here(models[name]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CIFAR)
 def test_small_image_form_carries_its_code(folders, fresh, name):
     root, models = folders
@@ -217,6 +219,7 @@ def test_small_image_form_carries_its_code(folders, fresh, name):
         torch.testing.assert_close(torch.tensor(there, dtype=here.dtype), here, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CIFAR)
 def test_small_image_form_is_refused_without_trust(fresh, name):
     assert len(fresh[name]["refused"]) == 2 and all("trust_remote_code" in line for line in fresh[name]["refused"])
@@ -324,6 +327,7 @@ def test_two_steps_of_sgd_lower_the_loss(name):
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES + CIFAR)
 def test_compiles_without_a_graph_break(name):
     model = tiny_model(name)

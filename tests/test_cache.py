@@ -60,6 +60,7 @@ def test_rows_that_do_not_decode_are_known_the_second_time_too(tmp_path):
         assert set(bad) == {4, 7} and "images/4.png" in bad[4] and not pixels[[4, 7]].any()
 
 
+@pytest.mark.slow
 def test_a_half_written_file_of_a_killed_process_is_made_anew(tmp_path):
     """Killed in the middle of decoding: the lock is free again, what is left is not taken for the set."""
     code = f"""

@@ -300,7 +300,7 @@ def test_exported_processor_names_a_class_of_transformers(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", pytest.param("TIFF", marks=pytest.mark.slow), "GIF", "WEBP", "BMP"])
 def test_no_damage_to_a_file_is_more_than_a_bad_image(kind):
     """Single bytes changed all over the file, the camera's notes included: pixels or a reason, never an exception."""
     exif = Image.Exif()

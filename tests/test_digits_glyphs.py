@@ -64,6 +64,7 @@ def test_a_second_call_only_reads_the_cache(digits_splits, tmp_path, monkeypatch
     assert _contents(first["train"]) == _contents(second["train"]) == _contents(digits_splits["train"])
 
 
+@pytest.mark.slow
 def test_two_processes_may_generate_the_digits_at_once(digits_splits, tmp_path):
     code = (
         "import sys; from vit_hf.data.digits import load_digits_splits; sys.stdin.readline()\n"

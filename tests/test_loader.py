@@ -239,6 +239,7 @@ def test_batches_can_be_gone_through_again_and_left_in_the_middle(workers, ahead
     assert set(threading.enumerate()) <= before
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     """kill -9 leaves no process that goes on decoding."""
     code = """

@@ -206,6 +206,7 @@ def logits_here(model) -> torch.Tensor:
         return model(images(16, 16)).logits
 
 
+@pytest.mark.slow
 def test_stock_folder_is_a_transformers_model(folders, fresh):
     root, models = folders
     config = json.loads((root / "stock/config.json").read_text())
@@ -217,6 +218,7 @@ def test_stock_folder_is_a_transformers_model(folders, fresh):
     torch.testing.assert_close(torch.tensor(fresh["stock"]["logits"]), logits_here(models["stock"]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stock_folder_works_in_a_pipeline(folders, fresh):
     """Scores and names of the trained model on pixels as the training saw them."""
     _, models = folders
@@ -232,6 +234,7 @@ def test_stock_folder_works_in_a_pipeline(folders, fresh):
     np.testing.assert_allclose([entry["score"] for entry in fresh["pipeline"]], [s for _, s in expected], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_extended_folder_carries_its_code(folders, fresh):
     root, models = folders
     config = json.loads((root / "extended/config.json").read_text())
@@ -247,6 +250,7 @@ def test_extended_folder_carries_its_code(folders, fresh):
     torch.testing.assert_close(torch.tensor(found["pooled"]), pooled, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_extended_folder_is_refused_without_trust(fresh):
     assert set(fresh["refused"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
     assert all("trust_remote_code" in message for message in fresh["refused"].values())

@@ -14,6 +14,7 @@ def close(one, other, tolerance=1e-5):
         assert a == pytest.approx(b, rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["padding=3", "scale=0.3"])
 def test_accumulation_does_not_change_the_course(run, tmp_path, crop):
     """One micro-batch of 32 = 4 of 8: the same samples, augmented in the same way."""

@@ -190,6 +190,7 @@ def test_run_config_repeats_the_run(run, tmp_path):
     assert trajectory(tmp_path / "again") == trajectory(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["resnet", "conv"])
 def test_models_with_batch_norm_resume_exactly(family, run, tmp_path, killed_after, monkeypatch):
     """Their statistics are part of a checkpoint; the evaluation reads them."""
