@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         )
 
     try:
-        failed = run_cells(cells, launcher, tell)
+        failed = run_cells(to_run, launcher, tell)
     except (KeyboardInterrupt, SystemExit):
         print("stopped; each run has written a checkpoint, and the same command goes on from there", file=sys.stderr)
         raise

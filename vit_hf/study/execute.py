@@ -176,21 +176,21 @@ class Running:
 
 
 def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, float], None]) -> dict[Cell, str]:
-    """Runs what is not finished, each cell after the one it starts from; one that fails does not stop the others.
+    """Runs cells, each after the one it starts from; one that fails does not stop the others.
 
     Args:
-        cells: with those that they start from.
+        cells: those that are not finished; what they start from is among them, or finished.
         tell: called with a cell, `finished` or why not, and the seconds that it took just now.
 
     Returns the cells that failed or could not be started, with the reason. On Ctrl-C or SIGTERM each run writes a
     checkpoint before this returns.
     """
-    finished = {cell for cell in cells if is_finished(cell)}
-    failed = missing_data([cell for cell in cells if cell not in finished])
+    unfinished = set(cells)
+    failed = missing_data(cells)
     for cell, reason in failed.items():
         tell(cell, reason, 0.0)
     elsewhere: set[Cell] = set()  # trained by what an earlier study started
-    waiting = collections.deque(cell for cell in cells if cell not in failed and cell not in finished)
+    waiting = collections.deque(cell for cell in cells if cell not in failed)
     running: list[Running] = []
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -200,7 +200,7 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
                 if cell.start_from in failed:
                     failed[cell] = f"starts from {cell.start_from}, which is not trained"
                     tell(cell, failed[cell], 0.0)
-                elif len(running) == launcher.jobs or cell.start_from not in {None, *finished}:
+                elif len(running) == launcher.jobs or cell.start_from in unfinished:
                     waiting.append(cell)
                 elif reason := _begun_otherwise(cell):
                     failed[cell] = reason
@@ -208,7 +208,7 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
                 elif (started := _start(cell, running, launcher)) is not None:
                     running.append(started)
                 elif is_finished(cell):
-                    finished.add(cell)
+                    unfinished.remove(cell)
                     tell(cell, "finished elsewhere", 0.0)
                 else:
                     waiting.append(cell)
@@ -219,7 +219,7 @@ def run_cells(cells: list[Cell], launcher: Launcher, tell: Callable[[Cell, str, 
             for done in [run for run in running if run.process.poll() is not None]:
                 running.remove(done)
                 if is_finished(done.cell):
-                    finished.add(done.cell)
+                    unfinished.remove(done.cell)
                     reason = "finished"
                 else:
                     failed[done.cell] = reason = _last_words(done.cell.log, done.log_start)

@@ -174,11 +174,8 @@ def _draw(
     with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         try:
             tracker.write_images(draw(done), done)
-        except (
-            torch.OutOfMemoryError,
-            ValueError,
-        ) as error:  # no reason to end a run; weights that are not finite have
-            # a line of their own, when the loss is next looked at
+        except (torch.OutOfMemoryError, ValueError) as error:
+            # no reason to end a run; weights that are not finite have a line of their own when the loss is looked at
             append_event(settings.output_dir, "figures_left_out", step=done, why=str(error).split(". ")[0])
 
 
