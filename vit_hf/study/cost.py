@@ -112,13 +112,13 @@ def trial_device(launcher: Launcher) -> tuple[torch.device, int, str]:
     return torch.device("cuda"), number, f"{torch.cuda.get_device_name()}, times {number}"
 
 
-def speed(step: Callable[[int], Any], images: int, device: torch.device) -> float:
+def speed(step: Callable[[], Any], images: int, device: torch.device) -> float:
     """Images a second of a step of so many images: the fastest of some, after one to warm up. What else runs on the
     machine only ever makes a step slower."""
 
     def timed() -> float:
         start = time.perf_counter()
-        step(images)
+        step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -144,12 +144,12 @@ def measure_speed(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if training else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
-    def step(number: int) -> None:
-        pixel_values = torch.randn(number, config.num_channels, *pair(config.image_size), device=device)
+    def step() -> None:
+        pixel_values = torch.randn(images, config.num_channels, *pair(config.image_size), device=device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
             logits = model(pixel_values).logits
         if optimizer is not None:
-            labels = torch.zeros(number, dtype=torch.int64, device=device)
+            labels = torch.zeros(images, dtype=torch.int64, device=device)
             torch.nn.functional.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
