@@ -21,7 +21,7 @@ DEMO_MODEL = Path("runs/demo/pretrain_glyphs")
 
 def build_model(args: RunArguments, class_names: list[str]):
     """The weights under a new linear head; or, with --preset, a model with random weights and a linear head."""
-    from vit_hf.data.decode import processor_normalisation
+    from vit_hf.data.preprocessing import processor_normalisation
     from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
 
     changes = parse_overrides(args.config_overrides)

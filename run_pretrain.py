@@ -18,7 +18,7 @@ DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
 
 def build_model(args: RunArguments, class_names: list[str]):
     """The preset with random weights, or, with --model_name_or_path, training that goes on from given weights."""
-    from vit_hf.data.decode import processor_normalisation
+    from vit_hf.data.preprocessing import processor_normalisation
     from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
 
     changes = parse_overrides(args.config_overrides)

@@ -38,15 +38,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from reports import environment, read_report
 
 from vit_hf.arguments import Parser
-from vit_hf.data.augment import Augment
+from vit_hf.data.augment.pipeline import Augment
+from vit_hf.data.augment.policies import rand_augment
+from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
-from vit_hf.data.decode import Preprocessing
-from vit_hf.data.fractals import FractalRows, parse_options
-from vit_hf.data.loader import DeviceBatches, Faults, ImageBatches, TrainPlaces
-from vit_hf.data.policies import rand_augment
-from vit_hf.data.prepare import prepare
-from vit_hf.data.rows import TableRows
-from vit_hf.data.sources import ImageSplits
+from vit_hf.data.copy.prepare import prepare
+from vit_hf.data.device import DeviceBatches
+from vit_hf.data.faults import Faults
+from vit_hf.data.order import StepPlan, TrainOrder
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.table import TableRows
+from vit_hf.data.sets.fractals import FractalRows, parse_options
+from vit_hf.data.sets.names import ImageSplits
 from vit_hf.errors import ArgumentError, UserError, exit_with
 from vit_hf.hub.export import write_json
 from vit_hf.models.presets import from_preset
@@ -182,11 +185,11 @@ def peer_loader(dataset: datasets.Dataset, transform: Callable, batch_size: int,
 def our_batches(
     batches: ImageBatches, batch_size: int, device: torch.device, workers: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    places = TrainPlaces(
-        num_samples=len(batches), seed=0, first_step=0, total_steps=10**9, num_processes=1, rank=0,
-        micro_batch_size=batch_size, accumulation=1,
-    )  # fmt: skip
-    return iter(DeviceBatches(batches, places, device, workers, Faults()))
+    plan = StepPlan(
+        seed=0, first_step=0, total_steps=10**9, num_processes=1, rank=0, micro_batch_size=batch_size, accumulation=1
+    )
+    order = TrainOrder(plan, num_samples=len(batches))
+    return iter(DeviceBatches(batches, order, device, workers, Faults()))
 
 
 def augmentation(device: torch.device, **options: Any) -> Augment:

@@ -9,20 +9,14 @@ import torch
 from PIL import Image
 from torch.nn.functional import one_hot
 
-from vit_hf.data import augment
-from vit_hf.data.augment import (
-    Augment,
-    flips,
-    mix,
-    normalise,
-    random_erasing,
-    random_padded_crop,
-    random_resized_crop,
-    resized_crop_boxes,
-)
-from vit_hf.data.decode import Preprocessing
-from vit_hf.data.keys import sample_keys, uniform
-from vit_hf.data.policies import color_jitter, rand_augment, trivial_augment
+from vit_hf.data import randomness
+from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
+from vit_hf.data.augment.erasing import random_erasing
+from vit_hf.data.augment.mixing import mix
+from vit_hf.data.augment.pipeline import Augment, normalise
+from vit_hf.data.augment.policies import color_jitter, rand_augment, trivial_augment
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.randomness import sample_keys, uniform
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
@@ -62,8 +56,8 @@ def test_padded_crop_equals_numpy():
     pixels, keys = pixels_of(40), keys_of(40)
     flipped = np.arange(40) % 3 == 0
     found = random_padded_crop(pixels, keys, 3, flipped)
-    tops = (uniform(keys, augment.CROP_TOP) * 7).astype(int)
-    lefts = (uniform(keys, augment.CROP_LEFT) * 7).astype(int)
+    tops = (uniform(keys, randomness.CROP_TOP) * 7).astype(int)
+    lefts = (uniform(keys, randomness.CROP_LEFT) * 7).astype(int)
     assert set(tops) == set(lefts) == set(range(7))  # every shift occurs
     for image, top, left, mirrored, result in zip(pixels.numpy(), tops, lefts, flipped, found.numpy()):
         cut = np.pad(image, ((3, 3), (3, 3), (0, 0)))[top : top + 12, left : left + 10]

@@ -16,8 +16,9 @@ from tests.runs import ROOT, python
 from tests.test_loader import BAD, image_set, png
 from vit_hf.data import cache
 from vit_hf.data.cache import decoded, worth_decoding
-from vit_hf.data.decode import Preprocessing, open_image, to_pixels
-from vit_hf.data.rows import TableRows
+from vit_hf.data.decode import open_image, to_pixels
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import UserError
 
 PREPROCESSING = Preprocessing((12, 12))

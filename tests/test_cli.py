@@ -181,10 +181,11 @@ def test_data_show_draws_originals_and_what_becomes_of_them(tmp_path, capsys):
 def test_what_data_show_draws_is_what_training_sees():
     """The augmented pictures are those of the training batches of the same samples and epochs."""
     from vit_hf.arguments import ShowArguments
-    from vit_hf.data.augment import Augment
-    from vit_hf.data.keys import epoch_order
-    from vit_hf.data.policies import trivial_augment
-    from vit_hf.parts import show_augmentation, splits_loader
+    from vit_hf.commands.data import show_augmentation
+    from vit_hf.data.augment.pipeline import Augment
+    from vit_hf.data.augment.policies import trivial_augment
+    from vit_hf.data.order import epoch_order
+    from vit_hf.parts import splits_loader
 
     args = ShowArguments(dataset_name="digits", trivial_augment=True, random_crop="padding=4", seed=3)
     splits = splits_loader(args)()

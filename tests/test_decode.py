@@ -14,18 +14,9 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vit_hf.data.augment import normalise
-from vit_hf.data.decode import (
-    DECODE_ERRORS,
-    Preprocessing,
-    crop_to_pixels,
-    decode_row,
-    image_size,
-    open_image,
-    processor_config,
-    processor_normalisation,
-    to_pixels,
-)
+from vit_hf.data.augment.pipeline import normalise
+from vit_hf.data.decode import DECODE_ERRORS, crop_to_pixels, decode_row, image_size, open_image, to_pixels
+from vit_hf.data.preprocessing import Preprocessing, processor_config, processor_normalisation
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 

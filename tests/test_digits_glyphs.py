@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_hf.data import digits, glyphs
+from vit_hf.data.sets import digits, glyphs
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_second_call_only_reads_the_cache(digits_splits, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_two_processes_may_generate_the_digits_at_once(digits_splits, tmp_path):
     code = (
-        "import sys; from vit_hf.data.digits import load_digits_splits; sys.stdin.readline()\n"
+        "import sys; from vit_hf.data.sets.digits import load_digits_splits; sys.stdin.readline()\n"
         f"splits = load_digits_splits(cache_dir={str(tmp_path)!r})\n"
         "print(len(splits['train']), len(splits['test']), splits['train'][1346]['label'])"
     )

@@ -14,10 +14,13 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from vit_hf.data.augment import normalise
-from vit_hf.data.decode import Preprocessing
-from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches
-from vit_hf.data.rows import TableRows
+from vit_hf.data.augment.pipeline import normalise
+from vit_hf.data.batches import ImageBatches
+from vit_hf.data.device import DeviceBatches
+from vit_hf.data.faults import Faults
+from vit_hf.data.order import EvalOrder
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import UserError
 from vit_hf.evaluation.evaluate import METRICS, evaluate_model, predict
 
@@ -92,7 +95,7 @@ def image_set(num: int, classes: int, bad: tuple[int, ...] = ()) -> tuple[datase
 
 def batches_of(rows, batch_size, **options):
     batches = ImageBatches(TableRows(rows), Preprocessing((4, 4)), **options)
-    places = EvalPlaces(num_samples=len(rows), num_processes=1, rank=0, batch_size=batch_size)
+    places = EvalOrder(num_samples=len(rows), num_processes=1, rank=0, batch_size=batch_size)
     return DeviceBatches(batches, places, torch.device("cpu"), 0, Faults())
 
 

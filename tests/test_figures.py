@@ -18,8 +18,8 @@ from vit_hf.analysis import figures
 from vit_hf.analysis.document import Picture
 from vit_hf.analysis.gallery import model_figures, sample_images
 from vit_hf.cli import dispatch
-from vit_hf.data.decode import Preprocessing
-from vit_hf.data.rows import TableRows
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.models.presets import from_preset
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_hf.data import fractals
-from vit_hf.data.fractals import FractalOptions, FractalRows, fractal_classes, parse_options, render
+from vit_hf.data.sets import fractals
+from vit_hf.data.sets.fractals import FractalOptions, FractalRows, fractal_classes, parse_options, render
 from vit_hf.errors import UserError
 
 SMALL = FractalOptions(num_classes=12, instances_per_class=4, image_size=32)
@@ -172,7 +172,7 @@ def test_a_row_is_the_same_in_any_order_and_in_every_form(splits):
 
 def test_another_process_draws_the_same_pixels():
     code = (
-        "import numpy as np, sys; from vit_hf.data.fractals import *\n"
+        "import numpy as np, sys; from vit_hf.data.sets.fractals import *\n"
         "rows = FractalRows(parse_options('num_classes=12,instances_per_class=4,image_size=32'), 'test')\n"
         "sys.stdout.buffer.write(rows.read(np.array([5]))[0][0].tobytes())"
     )

@@ -8,11 +8,13 @@ import torch
 from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, in_process, launch, lines, trajectory
 from tests.test_loader import PREPROCESSING, image_set, train_places
-from vit_hf.data.augment import Augment
+from vit_hf.data.augment.pipeline import Augment
+from vit_hf.data.augment.policies import color_jitter, rand_augment, three_augment
+from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
-from vit_hf.data.loader import DeviceBatches, Faults, ImageBatches
-from vit_hf.data.policies import color_jitter, rand_augment, three_augment
-from vit_hf.data.rows import TableRows
+from vit_hf.data.device import DeviceBatches
+from vit_hf.data.faults import Faults
+from vit_hf.data.rows.table import TableRows
 from vit_hf.models.presets import from_preset
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -81,11 +81,11 @@ def test_imports_run_one_way():
 def test_the_rule_sees_what_it_should():
     """Absolute, relative, lazy and `from package import` forms."""
     source = (
-        "def f():\n    from ..data import loader\nimport vit_hf.runner\nfrom vit_hf import __version__, training\n"
+        "def f():\n    from ..data import device\nimport vit_hf.runner\nfrom vit_hf import __version__, training\n"
     )
     found = breaches("vit_hf.evaluation.evaluate", imported_modules(source, "vit_hf.evaluation.evaluate", False))
     assert found == [
-        "vit_hf.evaluation.evaluate imports vit_hf.data.loader",
+        "vit_hf.evaluation.evaluate imports vit_hf.data.device",
         "vit_hf.evaluation.evaluate imports vit_hf.runner",
         "vit_hf.evaluation.evaluate imports vit_hf.training",
     ]

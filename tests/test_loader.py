@@ -14,34 +14,38 @@ import torch
 from PIL import Image
 
 from tests.runs import python
-from vit_hf.data import rows as reading
-from vit_hf.data.augment import REPLACEMENT
+from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
-from vit_hf.data.decode import Preprocessing, open_image, to_pixels
-from vit_hf.data.keys import sample_keys, uniform
-from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, Places, TrainPlaces
-from vit_hf.data.rows import TableRows
+from vit_hf.data.decode import open_image, to_pixels
+from vit_hf.data.device import DeviceBatches
+from vit_hf.data.faults import Faults
+from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
+from vit_hf.data.rows import retries, table
+from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import UserError
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing((12, 12))
 
 
-def train_places(world: int = 1, rank: int = 0, micro: int | None = None, **changes) -> TrainPlaces:
+def train_places(world: int = 1, rank: int = 0, micro: int | None = None, **changes) -> TrainOrder:
     """7 steps of a global batch of 12 over 30 samples, cut as asked for."""
     micro = micro or 12 // world
-    options = dict(num_samples=30, seed=3, first_step=0, total_steps=7)
-    options |= dict(num_processes=world, rank=rank, micro_batch_size=micro, accumulation=12 // (world * micro))
-    return TrainPlaces(**{**options, **changes})
+    options = dict(seed=3, first_step=0, total_steps=7, num_processes=world, rank=rank)
+    options |= dict(micro_batch_size=micro, accumulation=12 // (world * micro))
+    plan = StepPlan(**{name: changes.pop(name, value) for name, value in options.items()})
+    return TrainOrder(plan, **{"num_samples": 30, **changes})
 
 
-def pairs(places: Places) -> list[tuple[int, int]]:
+def pairs(places: BatchIndices) -> list[tuple[int, int]]:
     return list(zip(places.visit.tolist(), places.index.tolist()))
 
 
-def steps_of(all_ranks: list[TrainPlaces]) -> list[list[tuple[int, int]]]:
+def steps_of(all_ranks: list[TrainOrder]) -> list[list[tuple[int, int]]]:
     """The sorted (epoch, index) of each global step, over all ranks and micro-steps."""
-    accumulation, steps = all_ranks[0].accumulation, []
+    accumulation, steps = all_ranks[0].plan.accumulation, []
     for number, together in enumerate(zip(*all_ranks, strict=True)):
         if number % accumulation == 0:
             steps.append([])
@@ -112,16 +116,14 @@ def test_repeated_samples_come_in_a_row_each_time_with_another_key(world, micro)
 @pytest.mark.parametrize("workers", [0, 3])
 def test_each_evaluation_sample_is_valid_exactly_once(num_samples, world, batch_size, workers):
     options = dict(num_samples=num_samples, num_processes=world, batch_size=batch_size, num_workers=workers)
-    ranks = [list(EvalPlaces(rank=rank, **options)) for rank in range(world)]
+    ranks = [list(EvalOrder(rank=rank, **options)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1  # ZeRO-3 gathers weights in each forward pass
     assert {len(places.index) for batches in ranks for places in batches} == {len(ranks[0][0].index)}
     places = [p for batches in ranks for p in batches]
     valid = np.concatenate([p.index[p.valid] for p in places])
     assert sorted(valid) == list(range(num_samples))
     assert all(0 <= index < num_samples for p in places for index in p.index)  # fillers can be read too
-    assert len(ranks[0]) == len(
-        EvalPlaces(num_samples=num_samples, num_processes=world, rank=0, batch_size=batch_size)
-    )
+    assert len(ranks[0]) == len(EvalOrder(num_samples=num_samples, num_processes=world, rank=0, batch_size=batch_size))
     assert len(ranks[0]) * len(ranks[0][0].index) * world < num_samples + world * batch_size  # no batch of fillers
 
 
@@ -150,9 +152,9 @@ def image_set(num: int = 10, bad: dict[int, bytes] | None = None) -> datasets.Da
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def places_of(*index: int, visit: int = 2) -> Places:
+def places_of(*index: int, visit: int = 2) -> BatchIndices:
     index = np.array(index, dtype=np.int64)
-    return Places(np.full_like(index, visit), index, np.ones(len(index), dtype=bool))
+    return BatchIndices(np.full_like(index, visit), index, np.ones(len(index), dtype=bool))
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_default_generator_is_left_alone(workers, batches_of):
 @pytest.mark.parametrize("workers, ahead", [(0, 0), (0, 2), (2, 0), (2, 2)])
 def test_batches_can_be_gone_through_again_and_left_in_the_middle(workers, ahead, batches_of):
     """As evaluation does, each time from the start; and no thread is left behind."""
-    places = EvalPlaces(num_samples=30, num_processes=1, rank=0, batch_size=4)
+    places = EvalOrder(num_samples=30, num_processes=1, rank=0, batch_size=4)
     loader = DeviceBatches(batches_of(image_set(30)), places, CPU, workers, Faults(), ahead)
     whole = [batch["index"].tolist() for batch in loader]
     before = set(threading.enumerate())
@@ -296,7 +298,7 @@ def test_what_is_worked_on_ahead_is_the_same_and_fails_the_same(batches_of):
 def test_bad_image_is_an_error_with_row_and_file(once, batches_of):
     with pytest.raises(UserError) as caught:
         batches = batches_of(image_set(bad=BAD), once=once)
-        moved(batches, EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=10))
+        moved(batches, EvalOrder(num_samples=10, num_processes=1, rank=0, batch_size=10))
     message = str(caught.value)
     assert "row 4 " in message and "images/4.png" in message and "1 more" in message and "--on_bad_image" in message
     assert "\n" not in message
@@ -304,7 +306,7 @@ def test_bad_image_is_an_error_with_row_and_file(once, batches_of):
 
 def test_bad_image_in_a_worker_is_the_same_error(batches_of):
     with pytest.raises(UserError, match="row 4 .*images/4.png"):
-        places = EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=5)
+        places = EvalOrder(num_samples=10, num_processes=1, rank=0, batch_size=5)
         moved(batches_of(image_set(bad=BAD)), places, workers=1)
 
 
@@ -316,7 +318,7 @@ def test_skipped_training_rows_are_replaced_by_rows_chosen_from_their_key(once, 
     bad: dict[int, str] = {}
     replacements = set()
     for visit in range(12):
-        places = Places(np.full(10, visit), np.arange(10), np.ones(10, dtype=bool))
+        places = BatchIndices(np.full(10, visit), np.arange(10), np.ones(10, dtype=bool))
         batch = batches[places]
         assert batch["valid"].all() and batch["index"].tolist() == list(range(10)) and batch["error"] is None
         bad.update(batch["bad"])
@@ -336,7 +338,7 @@ def test_skipped_training_rows_are_replaced_by_rows_chosen_from_their_key(once, 
 def test_skipped_evaluation_rows_do_not_count(once, batches_of):
     batches = batches_of(image_set(bad=BAD), once=once, on_bad_image="skip")
     faults = Faults()
-    places = EvalPlaces(num_samples=10, num_processes=1, rank=0, batch_size=4)
+    places = EvalOrder(num_samples=10, num_processes=1, rank=0, batch_size=4)
     found = moved(batches, places, faults=faults)
     valid = [index for batch in found for index in batch["index"][batch["valid"]].tolist()]
     assert valid == [0, 1, 2, 3, 5, 6, 8, 9]
@@ -376,15 +378,15 @@ def test_a_read_that_fails_is_tried_again_with_back_off(monkeypatch, batches_of,
     rows[1]["image"] = {"bytes": None, "path": str(tmp_path / "a.png")}
     dataset = datasets.Dataset.from_list(rows, features=image_set(1).features)
     waits, failures = [], [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
-    read = reading._file
+    read = table.file_bytes
 
     def stumbling(path):
         if failures:
             raise failures.pop(0)
         return read(path)
 
-    monkeypatch.setattr(reading, "_file", stumbling)
-    monkeypatch.setattr(reading.time, "sleep", waits.append)
+    monkeypatch.setattr(table, "file_bytes", stumbling)
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
     faults = Faults()
     (batch,) = moved(batches_of(dataset), train_places(num_samples=4, total_steps=1), faults=faults)
     assert batch["valid"].all() and waits == [0.5, 2.0]

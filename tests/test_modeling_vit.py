@@ -12,7 +12,8 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from vit_hf.data.decode import Preprocessing, to_pixels
+from vit_hf.data.decode import to_pixels
+from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.models import ViTConfig, ViTForImageClassification, ViTModel
 from vit_hf.models.layers import DropPath, Layer
 from vit_hf.models.positions import resize_position_embeddings

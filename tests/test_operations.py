@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
-from vit_hf.data.operations import NUMBER, OPERATIONS, Program, apply_program
+from vit_hf.data.augment.operations import NUMBER, OPERATIONS, Program, apply_program
 
 HEIGHT, WIDTH = 33, 40
 

@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
-from tests.test_keys import keys_of
-from vit_hf.data.operations import NUMBER, OPERATIONS
-from vit_hf.data.policies import OP_SETS, TRIVIAL, chain, color_jitter, rand_augment, three_augment, trivial_augment
+from tests.test_randomness import keys_of
+from vit_hf.data.augment.operations import NUMBER, OPERATIONS
+from vit_hf.data.augment.policies import (
+    OP_SETS,
+    TRIVIAL,
+    chain,
+    color_jitter,
+    rand_augment,
+    three_augment,
+    trivial_augment,
+)
 
 SIZE = (40, 60)
 SIGNED = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")

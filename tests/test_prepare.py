@@ -22,11 +22,12 @@ import yaml
 from PIL import Image
 
 from tests.runs import ROOT
-from vit_hf.data import prepare as module
+from vit_hf.data.copy import plan, shard
+from vit_hf.data.copy.prepare import prepare
 from vit_hf.data.decode import open_image
-from vit_hf.data.prepare import prepare
-from vit_hf.data.sources import load_image_splits, named_source
-from vit_hf.data.subset import SubsetRule
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.names import named_source
+from vit_hf.data.sets.subset import SubsetRule
 from vit_hf.errors import UserError
 
 SIDE = 32
@@ -173,7 +174,7 @@ def test_a_reduced_decode_is_close_to_the_plain_resize(tmp_path):
     for data in (encoded(image), encoded(image, orientation=6)):
         upright = open_image({"bytes": data, "path": None})
         size = (56, 40) if upright.width > upright.height else (40, 56)
-        difference = np.asarray(upright.resize(size, Image.Resampling.BICUBIC), float) - module._shrunk(data, 40)
+        difference = np.asarray(upright.resize(size, Image.Resampling.BICUBIC), float) - shard._shrunk(data, 40)
         assert np.abs(difference).mean() < 1 and np.abs(difference).max() < 8
 
 
@@ -240,8 +241,8 @@ def test_splits_of_other_names_become_train_and_test(tmp_path):
 INTERRUPTED = """
 import os, sys
 from pathlib import Path
-from vit_hf.data.prepare import prepare
-from vit_hf.data.sources import load_image_splits
+from vit_hf.data.copy.prepare import prepare
+from vit_hf.data.sets.load import load_image_splits
 
 folder, first, output_dir, cache = sys.argv[1:]
 splits = load_image_splits(folder, cache_dir=cache)
@@ -311,7 +312,7 @@ def test_a_finished_copy_is_left_alone(tmp_path, capsys, monkeypatch):
     folder = plain_folder(tmp_path / "set", 5, 1)
     result = copy(folder, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")}
-    monkeypatch.setattr(module.PIL, "__version__", "99.0")  # nothing will be written, so it does not matter
+    monkeypatch.setattr(plan.PIL, "__version__", "99.0")  # nothing will be written, so it does not matter
     assert copy(folder, tmp_path / "copy") == result
     assert capsys.readouterr().out == f"{tmp_path / 'copy'} holds this copy, finished: nothing to do\n"
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")}
@@ -456,7 +457,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(tmp_path, monkeypa
     def open_on_full_disk(path, mode="r"):
         return FullDisk(path, "w") if path.name.startswith(".train-00001") else open(path, mode)
 
-    monkeypatch.setattr(module, "open", open_on_full_disk, raising=False)
+    monkeypatch.setattr(shard, "open", open_on_full_disk, raising=False)
     message = refusal(folder, tmp_path / "copy")
     assert message.startswith(f"--output_dir {tmp_path / 'copy'}: the disk is full (")
     assert " MB free, about 0.0 MB more needed); make room, and the same command goes on after the 1" in message
@@ -488,7 +489,7 @@ def test_digests_in_the_checksums_are_those_of_the_files(mixed):
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
-    from vit_hf.data.prepare import _alone
+    from vit_hf.data.copy.prepare import _alone
 
     (tmp_path / "prepare.json").write_text("{}")
     with _alone(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.families import FAMILIES
 from tests.hub.hub_server import HubServer
 from tests.runs import python
-from vit_hf.data.decode import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.hub.export import full_fp32_state_dict, save_model
 from vit_hf.models.presets import from_preset
 

@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image as PillowImage
 
-from vit_hf.data import sources
-from vit_hf.data.sources import load_image_splits
-from vit_hf.data.subset import SubsetRule
+from vit_hf.data.sets import load as sources
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.names import HUB_SETS
+from vit_hf.data.sets.subset import SubsetRule
 from vit_hf.errors import UserError
 
 CIFAR_NAMES = ["airplane", "bird", "cat"]
@@ -457,6 +458,6 @@ def test_every_named_set_is_known_to_the_loader(monkeypatch):
         raise ConnectionError("stop here")
 
     monkeypatch.setattr(sources.datasets, "load_dataset", load)
-    for name in sources.HUB_SETS:
+    for name in HUB_SETS:
         _message(name)
     assert asked == ["uoft-cs/cifar10", "ILSVRC/imagenet-1k"]

@@ -13,13 +13,16 @@ from PIL import Image
 
 from tests.runs import evaluation, lines, trajectory
 from tests.test_loader import CPU, PREPROCESSING
-from vit_hf.data import rows as reading
-from vit_hf.data import streams
-from vit_hf.data.fractals import FractalRows, parse_options, render
-from vit_hf.data.loader import DeviceBatches, Faults, ImageBatches
-from vit_hf.data.sources import load_image_splits
-from vit_hf.data.streams import ParquetRows, StreamPlaces, keep_fraction
-from vit_hf.data.subset import SubsetRule
+from vit_hf.data.batches import ImageBatches
+from vit_hf.data.device import DeviceBatches
+from vit_hf.data.faults import Faults
+from vit_hf.data.order import StepPlan, StreamOrder
+from vit_hf.data.rows import parquet
+from vit_hf.data.rows import retries as reading
+from vit_hf.data.rows.parquet import ParquetRows
+from vit_hf.data.sets.fractals import FractalRows, parse_options, render
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.subset import SubsetRule, keep_fraction
 from vit_hf.errors import UserError
 
 CLASSES = ["a", "b", "c"]
@@ -62,10 +65,11 @@ def number_in(image: dict) -> int:
     return red + 256 * green
 
 
-def places(rows, world=1, rank=0, workers=0, **changes) -> StreamPlaces:
-    options = dict(shards=rows.shards(), seed=3, first_step=0, total_steps=60, num_processes=world, rank=rank)
-    options |= dict(micro_batch_size=6 // world, accumulation=2, num_workers=workers, buffer_size=24)
-    return StreamPlaces(**{**options, **changes})
+def places(rows, world=1, rank=0, workers=0, **changes) -> StreamOrder:
+    options = dict(seed=3, first_step=0, total_steps=60, num_processes=world, rank=rank)
+    options |= dict(micro_batch_size=6 // world, accumulation=2)
+    plan = StepPlan(**{name: changes.pop(name, value) for name, value in options.items()})
+    return StreamOrder(plan, **{**dict(shards=rows.shards(), num_workers=workers, buffer_size=24), **changes})
 
 
 def pairs(batches):
@@ -126,7 +130,7 @@ def test_a_shard_that_vanishes_is_named(folder, tmp_path):
 
 def test_a_read_that_fails_is_tried_again_with_back_off_and_then_named(folder, monkeypatch):
     waits, failures = [], [OSError(errno.EIO, "flaky"), ConnectionError("reset")]
-    original = streams.open_shard
+    original = parquet.open_shard
 
     def stumbling(name):
         if failures:
@@ -134,7 +138,7 @@ def test_a_read_that_fails_is_tried_again_with_back_off_and_then_named(folder, m
         return original(name)
 
     rows = rows_of(folder)
-    monkeypatch.setattr(streams, "open_shard", stumbling)
+    monkeypatch.setattr(parquet, "open_shard", stumbling)
     monkeypatch.setattr(reading.time, "sleep", waits.append)
     images, _ = rows.read(np.array([3]))
     assert number_in(images[0]) == 3 and waits == [0.5, 2.0]

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
-from vit_hf.data.subset import (
+from vit_hf.data.sets.subset import (
     SubsetRule,
     class_quotas,
     draw_samples,
@@ -171,7 +171,7 @@ def test_a_row_of_bytes_and_a_row_of_a_path_have_the_digest_of_the_same_image(tm
 
 
 def test_digests_are_read_once_and_follow_a_changed_file(tmp_path, monkeypatch):
-    from vit_hf.data import subset
+    from vit_hf.data.sets import subset
 
     def saved(contents, folder):
         images = datasets.Features({"image": datasets.Image(decode=False)})

@@ -4,18 +4,13 @@ runner.py puts them together for training, `vit-hf evaluate` for evaluation.
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
-import os
-import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import accelerate
 import datasets
-import numpy as np
 import torch
 import transformers
 
@@ -27,16 +22,16 @@ from vit_hf.arguments import (
     parse_random_crop,
     trackers,
 )
-from vit_hf.data.augment import Augment, normalise
-from vit_hf.data.cache import decoded, worth_decoding
-from vit_hf.data.decode import Preprocessing
-from vit_hf.data.keys import epoch_order
-from vit_hf.data.loader import DeviceBatches, EvalPlaces, Faults, ImageBatches, Places, TrainPlaces
-from vit_hf.data.policies import OP_SETS, color_jitter, rand_augment, three_augment, trivial_augment
-from vit_hf.data.rows import Rows, TableRows
-from vit_hf.data.sources import HUB_SETS, ImageSplits, load_image_splits, named_source
-from vit_hf.data.streams import ParquetRows, StreamPlaces
-from vit_hf.data.subset import SubsetRule, parse_subset_classes
+from vit_hf.data.augment.pipeline import Augment, normalise
+from vit_hf.data.augment.policies import OP_SETS, make_policies
+from vit_hf.data.faults import Faults
+from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
+from vit_hf.data.order import StepPlan
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.interface import Rows
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.names import HUB_SETS, ImageSplits, named_source
+from vit_hf.data.sets.subset import SubsetRule, parse_subset_classes
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
 from vit_hf.training.accelerator import apply_batch_plan, build_accelerator
@@ -44,7 +39,6 @@ from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.ema import EMA
 from vit_hf.training.optimizer import make_optimizer, parameter_groups
 from vit_hf.training.schedule import BatchPlan, Schedule
-from vit_hf.training.tracking import append_event, read_jsonl
 
 T = TypeVar("T")
 
@@ -163,58 +157,19 @@ def prepare(
     return TrainState(accelerator, model, engine, optimizer, ema)
 
 
-def workers_per_process(args: Any, accelerator: accelerate.Accelerator) -> int:
-    """How many worker processes each process starts where images are decoded as they are needed: what
-    --dataloader_num_workers says, or this process's share of the machine's cores, at most 16."""
-    asked = parse_num_workers(args.dataloader_num_workers)
-    if asked is not None:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return min(16, max(1, cores // on_this_machine))
-
-
-def open_batches(
-    args: Any,
-    split: datasets.Dataset | Rows,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    *,
-    crop_scale: float | None = None,
-    training: bool = False,
-    class_index: list[int] | None = None,
-    keep: bool = True,
-) -> ImageBatches:
-    """A split's micro-batches on the host, decoded once where that pays.
-
-    Args:
-        crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
-        keep: False decodes anew each time, for a set that is gone through once.
-    """
-    pixels = None
-    if isinstance(split, datasets.Dataset):
-        rows: Rows = TableRows(split, class_index)
-        if keep and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
-            pixels = decoded(rows, preprocessing)
-    else:
-        rows = split
-        if class_index is not None:
-            rows.renumber(class_index)
-    batches = ImageBatches(
-        rows,
-        preprocessing,
-        pixels,
-        seed=getattr(args, "seed", None) or 0,
-        crop_scale=None if pixels is not None else crop_scale,
+def loading_settings(args: Any) -> LoadingSettings:
+    """How images come to the device."""
+    return LoadingSettings(
+        num_workers=parse_num_workers(args.dataloader_num_workers),
+        keep_on_device=args.data_on_device == "auto",
         on_bad_image=args.on_bad_image,
-        training=training,
+        shuffle_buffer_size=getattr(args, "shuffle_buffer_size", 0),
+        aug_repeats=getattr(args, "aug_repeats", 1),
+        eval_batch_size=args.per_device_eval_batch_size,
     )
-    if training and args.data_on_device == "auto":  # each process reads a part of an evaluation set alone
-        batches.place_on_device(device)
-    return batches
 
 
-def train_batches(
+def make_train_batches(
     args: RunArguments,
     split: datasets.Dataset | Rows,
     preprocessing: Preprocessing,
@@ -226,33 +181,25 @@ def train_batches(
 ) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
     """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
     kind, amount = parse_random_crop(args.random_crop)
-    crop_scale = amount if kind == "scale" else None
-    batches = open_batches(args, split, preprocessing, accelerator.device, crop_scale=crop_scale, training=True)
-    workers = workers_per_process(args, accelerator)
-    course = dict(
-        seed=args.seed,
-        first_step=first_step,
-        total_steps=schedule.total_steps,
-        num_processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        micro_batch_size=plan.micro_batch_size,
-        accumulation=plan.accumulation,
+    batches, crops_on_device = train_batches(
+        split,
+        preprocessing,
+        StepPlan(
+            seed=args.seed,
+            first_step=first_step,
+            total_steps=schedule.total_steps,
+            num_processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+            micro_batch_size=plan.micro_batch_size,
+            accumulation=plan.accumulation,
+        ),
+        accelerator.device,
+        loading_settings(args),
+        faults,
+        crop_scale=amount if kind == "scale" else None,
+        say=accelerator.print,
     )
-    if isinstance(split, ParquetRows):
-        shards = split.shards()
-        if args.dataloader_num_workers == "auto":
-            workers = max(1, min(workers, len(shards) // accelerator.num_processes))
-        split.hold(args.shuffle_buffer_size, workers)
-        places = StreamPlaces(shards=shards, num_workers=workers, buffer_size=args.shuffle_buffer_size, **course)
-    else:
-        places = TrainPlaces(num_samples=len(batches), repeats=args.aug_repeats, **course)
-    moved = DeviceBatches(batches, places, accelerator.device, workers, faults)
-    if batches.pixels is not None:
-        where = "on the device" if batches.on_device is not None else "mapped from the cache"
-        accelerator.print(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
-    else:
-        accelerator.print(f"images: read and decoded batch by batch, {workers} workers a process")
-    return iter(moved), batches.pixels is not None
+    return iter(batches), crops_on_device
 
 
 def make_augment(
@@ -265,15 +212,6 @@ def make_augment(
     """The device side of the training transforms."""
     crop = parse_random_crop(args.random_crop)
     randaugment = parse_randaugment(args.randaugment)
-    policies = []
-    if randaugment is not None:
-        policies.append(functools.partial(rand_augment, **randaugment))
-    if args.trivial_augment:
-        policies.append(trivial_augment)
-    if args.three_augment:
-        policies.append(three_augment)
-    if args.color_jitter > 0:
-        policies.append(functools.partial(color_jitter, strength=args.color_jitter))
     return Augment(
         seed=args.seed,
         num_classes=num_classes,
@@ -282,7 +220,12 @@ def make_augment(
         device=device,
         crop=crop if crop[0] != "scale" or crops_on_device else ("none", 0.0),
         flip=args.random_flip,
-        policies=policies,
+        policies=make_policies(
+            randaugment=randaugment,
+            trivial=args.trivial_augment,
+            three=args.three_augment,
+            jitter=args.color_jitter,
+        ),
         fill=OP_SETS[randaugment["ops"]][2] if randaugment else 0,
         erasing=args.random_erasing,
         mixup_alpha=args.mixup_alpha,
@@ -302,100 +245,18 @@ def make_evaluate(
     class_index: list[int] | None = None,
     keep: bool = True,
 ) -> Callable[[], dict[str, float]]:
-    """A function that evaluates the model as it then is; what can be kept decoded is decoded once.
-
-    Args:
-        class_index: the model's index of each class of the dataset, where they differ.
-        keep: whether it will be evaluated again and again.
-    """
-    batches = open_batches(args, split, preprocessing, accelerator.device, class_index=class_index, keep=keep)
-    mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
-    std = torch.tensor(preprocessing.image_std, device=accelerator.device)
-    workers = workers_per_process(args, accelerator)
-    places = EvalPlaces(
-        num_samples=len(batches),
+    """A function that evaluates the model as it then is; `class_index` and `keep` are those of `eval_batches`."""
+    batches = eval_batches(
+        split,
+        preprocessing,
+        accelerator.device,
+        loading_settings(args),
+        faults,
         num_processes=accelerator.num_processes,
         rank=accelerator.process_index,
-        batch_size=args.per_device_eval_batch_size,
-        num_workers=workers,
+        class_index=class_index,
+        keep=keep,
     )
-    moved = DeviceBatches(batches, places, accelerator.device, workers, faults)
-    return lambda: evaluate_model(engine, moved, functools.partial(normalise, mean=mean, std=std), accelerator)
-
-
-def show_augmentation(args: Any, splits: ImageSplits, size: Any, images: int = 8, visits: int = 5) -> tuple:
-    """Some training images, and what becomes of them in the first epochs.
-
-    Returns:
-        originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
-    """
-    config = types.SimpleNamespace(image_size=size)
-    preprocessing = make_preprocessing(args, config, [0.0] * 3, [1.0] * 3)
-    preprocessing = dataclasses.replace(preprocessing, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
-    kind, amount = parse_random_crop(args.random_crop)
-    device = torch.device("cpu")
-    crops = kind == "scale"
-    rows = splits.train
-    if isinstance(rows, datasets.Dataset):
-        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crops=True)
-    elif isinstance(rows, ParquetRows):
-        rows.held_rows = len(rows)  # the few that are shown are read once
-    make = functools.partial(open_batches, args, rows, preprocessing, device, training=True, keep=False)
-    batches, plain = make(crop_scale=amount if crops else None), make()
-    augment = make_augment(args, preprocessing, len(splits.class_names), device, crops_on_device=not crops)
-    index = epoch_order(args.seed, 0, len(batches))[:images]
-
-    def take(source: ImageBatches, visit: int) -> dict[str, torch.Tensor]:
-        places = Places(np.full_like(index, visit), index, np.ones(len(index), dtype=bool))
-        batch = source[places]
-        if batch["error"] is not None:
-            raise UserError(batch["error"])
-        return batch
-
-    first = take(plain, 0)
-    augmented, targets = [], []
-    for visit in range(visits):
-        batch = take(batches, visit)
-        batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
-        pixel_values, target = augment(batch, step=visit, micro_step=0, rank=0)
-        augmented.append((pixel_values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
-        targets.append(target)
-    return (
-        first["pixel_values"].numpy(),
-        torch.stack(augmented, dim=1).numpy(),
-        first["labels"].tolist(),
-        torch.stack(targets, dim=1).numpy(),
-    )
-
-
-class DataReport:
-    """What went wrong with the data of a run, of all processes: counted in metrics, named once in events.jsonl.
-
-    Args:
-        output_dir: of the run; None writes no events.
-    """
-
-    def __init__(self, accelerator: accelerate.Accelerator, on_bad_image: str, output_dir: Path | None = None):
-        self.accelerator, self.on_bad_image, self.output_dir = accelerator, on_bad_image, output_dir
-        self.train, self.eval = Faults(), Faults()
-        events = read_jsonl(output_dir / "events.jsonl") if output_dir is not None else []
-        self._known = {(e["split"], e["row"]) for e in events if e["event"] == "bad_image"}
-
-    def collect(self) -> dict[str, int]:
-        """{"bad_images": distinct rows of both splits that were left out so far}; {} where none may be."""
-        retried, self.train.retried, self.eval.retried = self.train.retried + self.eval.retried, [], []
-        for reason in retried if self.output_dir is not None and self.output_dir.is_dir() else ():
-            append_event(self.output_dir, "retry", why=reason, rank=self.accelerator.process_index)
-        if self.on_bad_image == "raise":
-            return {}
-        mine = [
-            (split, row, why)
-            for split, faults in (("train", self.train), ("eval", self.eval))
-            for row, why in faults.bad.items()
-        ]
-        for split, row, why in sorted(accelerate.utils.gather_object(mine)):
-            if (split, row) not in self._known:
-                self._known.add((split, row))
-                if self.output_dir is not None and self.accelerator.is_main_process:
-                    append_event(self.output_dir, "bad_image", split=split, row=row, why=why)
-        return {"bad_images": len(self._known)}
+    mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
+    std = torch.tensor(preprocessing.image_std, device=accelerator.device)
+    return lambda: evaluate_model(engine, batches, functools.partial(normalise, mean=mean, std=std), accelerator)

@@ -1,6 +1,7 @@
 """The course of a training run, top to bottom, which both scripts share; they differ in how the model is made."""
 
 import contextlib
+import functools
 import os
 import platform
 import sys
@@ -18,25 +19,25 @@ import yaml
 import vit_hf
 from vit_hf.analysis.curves import learning_curves
 from vit_hf.analysis.gallery import figure_drawer
-from vit_hf.arguments import RunArguments, identity, saved_identity, write_run_config
-from vit_hf.data.decode import Preprocessing
-from vit_hf.data.sources import ImageSplits
+from vit_hf.arguments import RunArguments, identity, parse_num_workers, saved_identity, write_run_config
+from vit_hf.data.faults import DataReport
+from vit_hf.data.feed import workers_per_process
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.sets.names import ImageSplits
 from vit_hf.errors import UserError
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
 from vit_hf.hub.push import find_repository, push
 from vit_hf.models.summary import forward_flops
 from vit_hf.parts import (
-    DataReport,
     load_splits,
     make_augment,
     make_evaluate,
     make_preprocessing,
+    make_train_batches,
     model_errors,
     prepare,
     start,
-    train_batches,
-    workers_per_process,
 )
 from vit_hf.training import checkpoint
 from vit_hf.training.accelerator import end, zero_stage
@@ -128,8 +129,13 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     draw = None
     if args.log_figures_steps and accelerator.is_main_process:
         draw = figure_drawer(state.model, splits.eval, preprocessing, output_dir / "figures")
-    report = DataReport(accelerator, args.on_bad_image, output_dir)
-    batches, crops_on_device = train_batches(
+    report = DataReport(
+        accelerator,
+        args.on_bad_image,
+        read_jsonl(output_dir / "events.jsonl"),
+        functools.partial(append_event, output_dir),
+    )
+    batches, crops_on_device = make_train_batches(
         args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
     try:
@@ -226,7 +232,11 @@ def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: Bat
         "device": accelerator.device.type,
         "torch": torch.__version__,
         "torch_compile": args.torch_compile,
-        "dataloader_num_workers": workers_per_process(args, accelerator) if args.streaming else None,
+        "dataloader_num_workers": workers_per_process(
+            parse_num_workers(args.dataloader_num_workers), accelerator.num_processes
+        )
+        if args.streaming
+        else None,
     }
 
 

@@ -156,9 +156,9 @@ def start(hub, home, *command, token=READER) -> subprocess.CompletedProcess:
 LOAD = """
 import datasets, hashlib, json, sys
 import numpy as np
-from vit_hf.data.rows import TableRows
-from vit_hf.data.sources import load_image_splits
-from vit_hf.data.subset import SubsetRule
+from vit_hf.data.rows.table import TableRows
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.subset import SubsetRule
 
 def read(split):
     rows = TableRows(split) if isinstance(split, datasets.Dataset) else split
@@ -314,7 +314,7 @@ def test_a_stream_reads_the_parts_that_it_needs(tmp_path):
         imagenet = add_imagenet(hub, padding=800_000)
         give_access(hub)
         code = f"""
-from vit_hf.data.sources import load_image_splits
+from vit_hf.data.sets.load import load_image_splits
 rows = load_image_splits("imagenet-1k", streaming=True).train
 first, second, *_ = rows.shards()
 rows.read(first[:{ROW_GROUP}])

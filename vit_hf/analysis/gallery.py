@@ -17,8 +17,10 @@ from vit_hf.analysis.attention import Attention, look, patch_distances
 from vit_hf.analysis.document import Block, Picture, write_document
 from vit_hf.analysis.embeddings import patch_filters, position_similarity
 from vit_hf.analysis.features import feature_colours, linear_cka, saliency, spread
-from vit_hf.data.decode import Preprocessing, decode_row
-from vit_hf.data.rows import Rows, TableRows
+from vit_hf.data.decode import decode_row
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.interface import Rows
+from vit_hf.data.rows.table import TableRows
 from vit_hf.models.modeling_vit import ViTForImageClassification, ViTModel
 
 POSITIONS = {

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     import transformers
     from safetensors import SafetensorError
 
-    from vit_hf.data.decode import Preprocessing, processor_normalisation
+    from vit_hf.data.preprocessing import Preprocessing, processor_normalisation
     from vit_hf.models.configuration_vit import pair
     from vit_hf.models.convert import load_source, save_timm
 

@@ -11,8 +11,9 @@ from vit_hf.arguments import (
     check_subset,
     parse,
     parse_image_size,
+    parse_random_crop,
 )
-from vit_hf.errors import ArgumentError, nearest
+from vit_hf.errors import ArgumentError, UserError, nearest
 
 USAGE = """usage: vit-hf data COMMAND ...
 
@@ -40,7 +41,7 @@ def prepare(argv: list[str]) -> None:
         if not getattr(args, needed):
             raise ArgumentError(f"--{needed} is missing")
     check_subset(args)
-    from vit_hf.data.prepare import prepare as prepare_copy
+    from vit_hf.data.copy.prepare import prepare as prepare_copy
     from vit_hf.parts import splits_loader
 
     splits = splits_loader(args)(revision=args.revision)
@@ -82,7 +83,7 @@ def show(argv: list[str]) -> None:
     import numpy as np
 
     from vit_hf.analysis.figures import contact_sheet
-    from vit_hf.parts import model_errors, show_augmentation, splits_loader
+    from vit_hf.parts import model_errors, splits_loader
 
     with model_errors(args):
         size = parse_image_size(args.image_size) or model_image_size(args)
@@ -113,3 +114,67 @@ def model_image_size(args: ShowArguments) -> Any:
 
         return transformers.AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision).image_size
     return 224
+
+
+def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits: int = 5) -> tuple:
+    """Some training images, and what becomes of them in the first epochs.
+
+    Returns:
+        originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
+    """
+    import dataclasses
+    import functools
+    import types
+
+    import datasets
+    import numpy as np
+    import torch
+
+    from vit_hf.data.batches import ImageBatches
+    from vit_hf.data.cache import worth_decoding
+    from vit_hf.data.feed import open_batches
+    from vit_hf.data.order import BatchIndices, epoch_order
+    from vit_hf.data.rows.parquet import ParquetRows
+    from vit_hf.data.rows.table import TableRows
+    from vit_hf.parts import loading_settings, make_augment, make_preprocessing
+
+    config = types.SimpleNamespace(image_size=size)
+    preprocessing = make_preprocessing(args, config, [0.0] * 3, [1.0] * 3)
+    preprocessing = dataclasses.replace(preprocessing, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    kind, amount = parse_random_crop(args.random_crop)
+    device = torch.device("cpu")
+    crops = kind == "scale"
+    rows = splits.train
+    if isinstance(rows, datasets.Dataset):
+        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crops=True)
+    elif isinstance(rows, ParquetRows):
+        rows.held_rows = len(rows)  # the few that are shown are read once
+    settings = dataclasses.replace(loading_settings(args), keep_on_device=False)
+    make = functools.partial(
+        open_batches, rows, preprocessing, device, settings, seed=args.seed, training=True, keep=False
+    )
+    batches, plain = make(crop_scale=amount if crops else None), make()
+    augment = make_augment(args, preprocessing, len(splits.class_names), device, crops_on_device=not crops)
+    index = epoch_order(args.seed, 0, len(batches))[:images]
+
+    def take(source: ImageBatches, visit: int) -> dict[str, Any]:
+        places = BatchIndices(np.full_like(index, visit), index, np.ones(len(index), dtype=bool))
+        batch = source[places]
+        if batch["error"] is not None:
+            raise UserError(batch["error"])
+        return batch
+
+    first = take(plain, 0)
+    augmented, targets = [], []
+    for visit in range(visits):
+        batch = take(batches, visit)
+        batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
+        pixel_values, target = augment(batch, step=visit, micro_step=0, rank=0)
+        augmented.append((pixel_values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+        targets.append(target)
+    return (
+        first["pixel_values"].numpy(),
+        torch.stack(augmented, dim=1).numpy(),
+        first["labels"].tolist(),
+        torch.stack(targets, dim=1).numpy(),
+    )

@@ -16,12 +16,13 @@ def main(argv: list[str]) -> None:
     if args.dataset_name is None:
         raise ArgumentError("--dataset_name is missing")
     parse_num_workers(args.dataloader_num_workers)
-    from vit_hf.data.decode import Preprocessing, processor_config
-    from vit_hf.data.sources import load_image_splits
-    from vit_hf.data.subset import SubsetRule
+    from vit_hf.data.faults import DataReport
+    from vit_hf.data.preprocessing import Preprocessing, processor_config
+    from vit_hf.data.sets.load import load_image_splits
+    from vit_hf.data.sets.subset import SubsetRule
     from vit_hf.hub.export import write_json
     from vit_hf.models.presets import load_pretrained
-    from vit_hf.parts import DataReport, main_process_first, make_evaluate, model_errors, start
+    from vit_hf.parts import main_process_first, make_evaluate, model_errors, start
     from vit_hf.training.accelerator import end
 
     accelerator = start(args)

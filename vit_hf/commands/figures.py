@@ -80,7 +80,7 @@ def image_files(names: list[str], most: int) -> list[Path]:
 
 def make_preprocessing(args: FiguresArguments, config: Any, size: Any) -> Any:
     """The model's own, at its size or the one asked for. Raises ValueError where a ViT's patches do not divide that."""
-    from vit_hf.data.decode import Preprocessing, processor_config
+    from vit_hf.data.preprocessing import Preprocessing, processor_config
     from vit_hf.models.configuration_vit import pair
 
     height, width = pair(size or config.image_size)
@@ -113,8 +113,8 @@ def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
     """Images of the evaluation split, and where they are from. Raises UserError where none decodes."""
     from vit_hf.analysis.gallery import sample_images
     from vit_hf.commands.evaluate import trained_seed
-    from vit_hf.data.rows import TableRows
-    from vit_hf.data.sources import load_image_splits
+    from vit_hf.data.rows.table import TableRows
+    from vit_hf.data.sets.load import load_image_splits
 
     splits = load_image_splits(
         args.dataset_name or "digits",

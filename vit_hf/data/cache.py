@@ -22,8 +22,9 @@ from filelock import FileLock
 from PIL import __version__ as pillow_version
 from tqdm.auto import tqdm
 
-from vit_hf.data.decode import DECODE_ERRORS, Preprocessing, decode_row, image_size
-from vit_hf.data.rows import TableRows, source_state
+from vit_hf.data.decode import DECODE_ERRORS, decode_row, image_size
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.table import TableRows, source_state
 from vit_hf.errors import UserError
 
 DECODED_BYTES = 8 << 30  # sets whose pixels take no more than this are decoded once

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from vit_hf.arguments import RunArguments, without_paths
-from vit_hf.data.sources import HUB_SETS
+from vit_hf.data.sets.names import HUB_SETS
 
 KINDS = {"vit_hf": "Vision Transformer", "vit_hf_resnet": "ResNet", "vit_hf_bit": "BiT ResNet"}
 

@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from vit_hf.arguments import parse_image_size
-from vit_hf.data.sources import GENERATED_SETS, HUB_SETS, load_image_splits
-from vit_hf.data.subset import parse_subset_classes
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS
+from vit_hf.data.sets.subset import parse_subset_classes
 from vit_hf.errors import UserError
 from vit_hf.models.configuration_vit import pair
 from vit_hf.models.presets import FAMILIES, build, make_config, parse_overrides, preset_config

@@ -25,7 +25,8 @@ import yaml
 
 import vit_hf
 from vit_hf.arguments import identity, saved_identity
-from vit_hf.data.sources import check_available
+from vit_hf.data.machine import usable_cores
+from vit_hf.data.sets.load import check_available
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.study.plan import Cell
 
@@ -89,7 +90,7 @@ class Launcher:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * share : (slot + 1) * share])
             num_processes = share
             words += ["--num_processes", str(share)]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         threads = max(1, cores // (self.jobs * num_processes))
         words += ["--num_cpu_threads_per_process", str(threads)]
         if num_processes > 1:

@@ -1,7 +1,6 @@
 """The randomness of a sample: a stateless hash of (seed, visit, index), drawn on the host.
 
 What is drawn for a sample is a function of its key alone: not of the process, the worker, the micro-batch or a resume.
-This module must not know what the numbers are used for.
 """
 
 from typing import TypeVar
@@ -9,8 +8,12 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-Array = TypeVar("Array", np.ndarray, Tensor)  # int64: the mixing works for both, on every device
+# One number for each use of a sample's randomness, so that no two draws of a sample hang together. (Operations of
+# policies.py start at 1000, eight numbers a layer.)
+FLIP, CROP_TOP, CROP_LEFT, CROP_AREA, CROP_RATIO, ERASE, ERASE_TOP, ERASE_LEFT, ERASE_AREA, ERASE_RATIO = range(1, 11)
+REPLACEMENT = 100  # and the 99 after it: another row in place of one that does not decode
 
+Array = TypeVar("Array", np.ndarray, Tensor)  # int64: the mixing works for both, on every device
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -34,9 +37,3 @@ def uniform(keys: np.ndarray, use: int | np.ndarray) -> np.ndarray:
     offset = np.asarray(use, dtype=np.int64) * np.int64(_GOLDEN) & np.int64((1 << 63) - 1)
     keys = keys[:, None] if offset.ndim else keys
     return ((mix_bits(keys + offset) >> 40) & ((1 << 24) - 1)).astype(np.float32) * np.float32(2**-24)
-
-
-def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The order of the samples in an epoch: int64 (num_samples,), a permutation, a function of its arguments alone."""
-    index = np.arange(num_samples, dtype=np.int64)
-    return np.argsort(mix_bits(sample_keys(seed, np.full_like(index, epoch), index)), kind="stable")

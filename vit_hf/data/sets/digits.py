@@ -7,7 +7,7 @@ Must not know: models, training, image sizes, subset rules.
 import datasets
 import numpy as np
 
-from vit_hf.data.glyphs import png_bytes
+from vit_hf.data.sets.glyphs import png_bytes
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 TEST_FRACTION = 0.25

@@ -72,9 +72,6 @@ def apply_program(pixels: Tensor, program: Program, fill: int = 0) -> Tensor:
     return pixels.index_select(0, to_device(place, pixels.device))
 
 
-# --- geometry ---
-
-
 def inverse_matrices(operation: np.ndarray, value: np.ndarray, height: int, width: int) -> np.ndarray:
     """Where each output pixel comes from, as Pillow's transform takes it: float64 (G, 6),
     x' = m0 x + m1 y + m2, y' = m3 x + m4 y + m5. Shears are about the upper left corner, rotations about the centre."""
@@ -109,9 +106,6 @@ def move(pixels: Tensor, operation: np.ndarray, value: np.ndarray, fill: int) ->
     first = torch.arange(group, dtype=torch.int32, device=pixels.device) * ((height + 2) * (width + 2)) + width + 3
     source = source_y.mul_(width + 2).add_(source_x).add_(first[:, None, None])
     return bordered.index_select(0, source.view(-1)).view(pixels.shape)
-
-
-# --- a grey level for each grey level ---
 
 
 def look_up(pixels: Tensor, operation: np.ndarray, value: np.ndarray) -> Tensor:
@@ -154,9 +148,6 @@ def equalize(pixels: Tensor) -> Tensor:
     return table.gather(1, flat).view(group, channels, height, width).permute(0, 2, 3, 1)
 
 
-# --- Pillow's ImageEnhance: between a poorer picture and this one, or beyond it ---
-
-
 def enhance(pixels: Tensor, operation: np.ndarray, value: np.ndarray) -> Tensor:
     """Brightness (from black), contrast (from the mean grey level), color (from grey) and sharpness (from a smoothed
     picture), in this order, by factors: uint8 (G, H, W, 3). 0 is the poorer picture, 1 changes nothing."""
@@ -188,9 +179,6 @@ def smoothed(pixels: Tensor) -> Tensor:
     smooth = pixels.float()
     smooth[:, 1:-1, 1:-1] = ((total + 6).float() * (1 / 13)).floor()  # total / 13, rounded
     return smooth
-
-
-# --- what else there is ---
 
 
 def blur(pixels: Tensor, value: np.ndarray) -> Tensor:

@@ -1,17 +1,11 @@
 """Sets larger than the disk: parquet shards, local or on the Hub, read in pieces as they are needed.
 
-Job: the rows of a split by index, where only the row groups at hand are held; an order of training samples in which
-each worker of each process stays inside a few shards; what the shards of a set are.
-Must not know: pixels, models, training.
-
-There is no state to save. A stream is one worker's share of the shards, drawn anew for each epoch from (seed, epoch);
-inside it a row is moved back by up to the worker's share of the shuffle buffer, drawn from (seed, epoch, row). So every position
-is a function of the step, the number of processes and the number of workers, and a resume starts there at once.
+Job: the rows of a split by index, where only the row groups at hand are held; what the shards of a set are.
+Must not know: pixels, which sample comes where, models, training.
 """
 
 import collections
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,12 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vit_hf.data.keys import epoch_order, mix_bits, sample_keys, uniform
-from vit_hf.data.loader import Places
-from vit_hf.data.rows import LazyRows, patiently
+from vit_hf.data.rows.interface import LazyRows
+from vit_hf.data.rows.retries import patiently
 from vit_hf.errors import UserError
 
-_DISPLACE = 200  # the use of a row's randomness
 _OPEN_FILES = 8
 
 
@@ -144,90 +136,6 @@ def open_shard(name: str) -> Any:
     """A local path or a URL as a file that can be read in pieces."""
     filesystem, path = fsspec.core.url_to_fs(name)
     return filesystem.open(path, "rb")
-
-
-def keep_fraction(num_rows: int, fraction: float, seed: int) -> np.ndarray:
-    """The rows of a stream's subset, ascending int64: each row is in it or not by a hash of (seed, its number), so the
-    share is met up to chance, and nothing has to be read to know it."""
-    row = np.arange(num_rows, dtype=np.int64)
-    drawn = mix_bits(sample_keys(seed, np.full_like(row, -1), row)) >> 1  # beside all epochs
-    return np.flatnonzero((drawn & ((1 << 62) - 1)) < int(fraction * (1 << 62)))
-
-
-class StreamPlaces:
-    """The micro-batches of one process from step `first_step` on: of its workers, in turn.
-
-    Args:
-        shards: the indices in each shard.
-        num_workers: of each process; 0 counts as one.
-        buffer_size: rows that a process mixes.
-
-    Raises:
-        UserError: fewer shards than the processes and workers need.
-    """
-
-    def __init__(
-        self,
-        *,
-        shards: list[np.ndarray],
-        seed,
-        first_step,
-        total_steps,
-        num_processes,
-        rank,
-        micro_batch_size,
-        accumulation,
-        num_workers,
-        buffer_size,
-    ):
-        self.workers = max(1, num_workers)
-        self.num_streams = num_processes * self.workers
-        if len(shards) < self.num_streams:
-            raise UserError(
-                f"--streaming: {len(shards)} shards for {num_processes} processes with {self.workers} workers each, "
-                f"which need {self.num_streams}; take fewer workers (--dataloader_num_workers) or processes, or write "
-                "more shards (vit-hf data prepare)"
-            )
-        self.shards, self.seed, self.rank = shards, seed, rank
-        self.first_step, self.total_steps = first_step, total_steps
-        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
-        self.buffer_size = max(1, buffer_size // self.workers)
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
-        self._starts: dict[int, list[int]] = {}  # of each stream: the position at which each epoch begins
-
-    def __len__(self) -> int:
-        return (self.total_steps - self.first_step) * self.accumulation
-
-    def __iter__(self) -> Iterator[Places]:
-        for micro_step in range(self.first_step * self.accumulation, self.total_steps * self.accumulation):
-            number, worker = divmod(micro_step, self.workers)
-            epoch, index = self._take(self.rank * self.workers + worker, number * self.micro_batch_size)
-            yield Places(epoch, index, np.ones(len(index), dtype=bool))
-
-    def _take(self, stream: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-        starts = self._starts.setdefault(stream, [0])
-        while starts[-1] < start + self.micro_batch_size:
-            starts.append(starts[-1] + sum(len(shard) for shard in self._share(stream, len(starts) - 1)))
-        position = np.arange(start, start + self.micro_batch_size)
-        epoch = np.searchsorted(starts, position, side="right") - 1
-        index = np.empty_like(position)
-        for number in np.unique(epoch):
-            here = epoch == number
-            index[here] = self._order(stream, int(number))[position[here] - starts[number]]
-        return epoch.astype(np.int64), index
-
-    def _share(self, stream: int, epoch: int) -> list[np.ndarray]:
-        order = epoch_order(self.seed, epoch, len(self.shards))
-        return [self.shards[number] for number in order[stream :: self.num_streams]]
-
-    def _order(self, stream: int, epoch: int) -> np.ndarray:
-        if (stream, epoch) not in self._orders:
-            for old in [key for key in self._orders if key[0] == stream and key[1] != epoch - 1]:
-                del self._orders[old]
-            index = np.concatenate(self._share(stream, epoch))
-            drawn = uniform(sample_keys(self.seed, np.full_like(index, epoch), index), _DISPLACE)
-            self._orders[stream, epoch] = index[np.argsort(np.arange(len(index)) + self.buffer_size * drawn)]
-        return self._orders[stream, epoch]
 
 
 def parquet_splits(name: str, builder: datasets.DatasetBuilder) -> dict[str, list[str]]:

@@ -18,8 +18,8 @@ import typing
 import datasets
 import numpy as np
 
-from vit_hf.data.glyphs import png_bytes
-from vit_hf.data.rows import LazyRows
+from vit_hf.data.rows.interface import LazyRows
+from vit_hf.data.sets.glyphs import png_bytes
 from vit_hf.errors import UserError, nearest
 
 FLAG = "--dataset_config_name"
@@ -31,7 +31,6 @@ LIMITS = {
 }
 SPLIT_NUMBERS = {"train": 0, "test": 1}
 CLASS_NUMBER, SEARCH_NUMBER = 2, 3  # in a split's place: where a class draws its systems, and the search its points
-
 MIN_MAPS, MAX_MAPS = 2, 8
 MIN_FILL = 0.2  # share of the pixels that a class must reach at the search resolution
 SEARCH_SIZE = 512  # pixels
@@ -39,7 +38,6 @@ SEARCH_STARTS = 112  # about 100,000 points, as FractalDB's search has
 ROUND_SIZE = 32  # systems that an unfinished class draws at a time; part of what the classes are
 SCREEN_SIZE, SCREEN_CHAINS, SCREEN_WARM_UP, SCREEN_STEPS = 64, 128, 10, 16
 SCREEN_FILL = 0.26  # 99 of 100 systems of MIN_FILL reach it in the few points of the screen
-
 FACTORS = (0.2, 0.6, 1.4, 1.8)  # of one of the six parameters, in all maps alike
 MIN_INSTANCE_FILL = 0.1  # share of the pixels hit, below which a varied system is brought closer to its class
 PLAIN_PATCH = 0b000010000  # the centre alone: a point is one pixel
@@ -109,9 +107,6 @@ def num_images(options: FractalOptions, split: str) -> int:
     """Rows of a split; `test` has a tenth of all images, and at least one of each class."""
     count = options.instances_per_class
     return options.num_classes * {"train": count, "test": max(1, round(count / 9))}[split]
-
-
-# A map is a row (a, b, c, d, e, f): (x, y) -> (a x + b y + e, c x + d y + f). A system is float64 (N, 6).
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

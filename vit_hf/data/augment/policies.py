@@ -4,17 +4,20 @@ Each policy is a function of the samples' keys and the size of the pictures, and
 operations.py. Where a published op set names sizes in pixels, those are its own at 224 pixels, or a share of the side.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from vit_hf.data.keys import uniform
-from vit_hf.data.operations import NUMBER, Program
+from vit_hf.data.augment.operations import NUMBER, Program
+from vit_hf.data.randomness import uniform
 
 # One number for each use of a sample's randomness; each layer of a policy takes its own.
 _OPERATION, _STRENGTH, _SIGN, _CENTRE_Y, _CENTRE_X = range(5)
 _JITTER_LAYER = 8  # after the layers of the other policies
-
+# the keys of the samples and (height, width) of the pictures -> what happens to each
+Policy = Callable[[np.ndarray, tuple[int, int]], Program]
 # name -> argument of the operation, from strength 0..1, sign and the side (pixels) that a shift is along
 Ranges = dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]]
 
@@ -139,3 +142,27 @@ def chain(programs: list[Program]) -> Program:
     """One program after the other, as one."""
     parts = ([getattr(program, name) for program in programs] for name in ("operation", "value", "centre"))
     return Program(*(np.concatenate(part, axis=1) for part in parts))
+
+
+def make_policies(
+    *,
+    randaugment: dict[str, Any] | None = None,
+    trivial: bool = False,
+    three: bool = False,
+    jitter: float = 0.0,
+) -> list[Policy]:
+    """The policies that are on, in the order in which they are carried out.
+
+    Args:
+        randaugment: arguments of `rand_augment`; None is off.
+    """
+    policies: list[Policy] = []
+    if randaugment is not None:
+        policies.append(functools.partial(rand_augment, **randaugment))
+    if trivial:
+        policies.append(trivial_augment)
+    if three:
+        policies.append(three_augment)
+    if jitter > 0:
+        policies.append(functools.partial(color_jitter, strength=jitter))
+    return policies

@@ -23,7 +23,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijkmnqrty"
 SIGNS = "!?#$%&@+<*€£§{"
 GREEK = "ΓΔΘΛΣΨαβγδλμπσω"
 CLASS_NAMES = list(LETTERS + SIGNS + GREEK)
-
 UNICODE_FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold "
     "DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic "
@@ -33,7 +32,6 @@ UNICODE_FONTS = (
 # points that they do not draw, so these fonts are used for letters alone. cmex10 and cmsy10, the STIX size and
 # non-Unicode fonts and the Display and LastResort fonts draw symbols or nothing at these code points.
 LETTER_FONTS = "cmr10 cmb10 cmss10 cmti10 cmtt10 cmmi10".split()
-
 CANVAS_SIZE = 2 * IMAGE_SIZE  # drawn at twice the size and averaged down, so that thin strokes stay even
 GLYPH_SIZE = 52  # the longer side of an undistorted glyph on the canvas, in canvas pixels
 SPLIT_NUMBERS = {"train": 0, "test": 1}

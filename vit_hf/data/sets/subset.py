@@ -16,7 +16,8 @@ from fractions import Fraction
 import datasets
 import numpy as np
 
-from vit_hf.data.rows import source_state
+from vit_hf.data.randomness import mix_bits, sample_keys
+from vit_hf.data.rows.table import source_state
 from vit_hf.errors import UserError
 
 DIGEST_BYTES = 32  # sha256
@@ -313,3 +314,11 @@ def draw_samples(num_rows: int, max_samples: int | None, seed: int) -> np.ndarra
         return np.arange(num_rows)
     # RandomState's stream is frozen by numpy, so the draw is the same under every numpy version.
     return np.sort(np.random.RandomState(seed % 2**32).permutation(num_rows)[:max_samples])
+
+
+def keep_fraction(num_rows: int, fraction: float, seed: int) -> np.ndarray:
+    """The rows of a stream's subset, ascending int64: each row is in it or not by a hash of (seed, its number), so the
+    share is met up to chance, and nothing has to be read to know it."""
+    row = np.arange(num_rows, dtype=np.int64)
+    drawn = mix_bits(sample_keys(seed, np.full_like(row, -1), row)) >> 1  # beside all epochs
+    return np.flatnonzero((drawn & ((1 << 62) - 1)) < int(fraction * (1 << 62)))

@@ -4,11 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from vit_hf.data import augment, policies
-from vit_hf.data.keys import epoch_order, mix_bits, sample_keys, uniform
+from vit_hf.data import randomness
+from vit_hf.data.augment import policies
+from vit_hf.data.order import epoch_order
+from vit_hf.data.randomness import mix_bits, sample_keys, uniform
 
-USES = [augment.FLIP, augment.CROP_TOP, augment.CROP_LEFT, augment.CROP_AREA, augment.CROP_RATIO, augment.REPLACEMENT]
-USES += [augment.ERASE, augment.ERASE_TOP, augment.ERASE_RATIO]
+USES = [
+    randomness.FLIP,
+    randomness.CROP_TOP,
+    randomness.CROP_LEFT,
+    randomness.CROP_AREA,
+    randomness.CROP_RATIO,
+    randomness.REPLACEMENT,
+]
+USES += [randomness.ERASE, randomness.ERASE_TOP, randomness.ERASE_RATIO]
 
 
 def keys_of(num: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
@@ -33,7 +42,7 @@ def test_many_uses_at_once_draw_what_each_draws_alone():
 def test_no_use_is_shared():
     layers = 1000 + 8 * np.arange(12)[:, None] + np.arange(8)
     names = "FLIP CROP_TOP CROP_LEFT CROP_AREA CROP_RATIO ERASE ERASE_TOP ERASE_LEFT ERASE_AREA ERASE_RATIO".split()
-    others = [getattr(augment, name) for name in names] + [augment.REPLACEMENT + number for number in range(100)]
+    others = [getattr(randomness, name) for name in names] + [randomness.REPLACEMENT + number for number in range(100)]
     assert len(set(others)) == len(others) and not set(others) & set(layers.ravel().tolist())
     assert policies._JITTER_LAYER >= 8  # as many as RandAugment may have
 

@@ -1,0 +1,88 @@
+"""From a batch of uint8 images to what the model is trained on: crop, flip, policies, erasing, normalisation, mixing.
+
+What is drawn for a sample is drawn on the host from its key (randomness.py); the device only carries it out, in batches.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
+from vit_hf.data.augment.erasing import random_erasing
+from vit_hf.data.augment.mixing import mix
+from vit_hf.data.augment.operations import apply_program, to_device
+from vit_hf.data.augment.policies import Policy, chain
+from vit_hf.data.randomness import sample_keys
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Grey levels 0 to 255 (B, C, H, W) -> float (x / 255 - mean) / std; mean and std (C,)."""
+    return pixels.contiguous().float().mul_((1 / (255 * std))[:, None, None]).sub_((mean / std)[:, None, None])
+
+
+class Augment:
+    """A batch of uint8 images as it is trained on. Called as augment(batch, step, micro_step, rank).
+
+    Args:
+        num_classes: K.
+        crop: (none | padding | scale, number); `scale` is skipped for a batch that was cropped while it was decoded.
+        policies: each (keys, (height, width)) -> Program; carried out one after the other.
+        fill: grey level that the policies' shifts and rotations bring in.
+        erasing: probability of random erasing.
+        mixup_mode: batch | elem.
+        label_smoothing: share of every target spread over all classes (arXiv 1512.00567, section 7).
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        num_classes: int,
+        mean: list[float],
+        std: list[float],
+        device: torch.device,
+        crop: tuple[str, float] = ("none", 0.0),
+        flip: float = 0.0,
+        policies: list[Policy] | None = None,
+        fill: int = 0,
+        erasing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        mixup_mode: str = "batch",
+        label_smoothing: float = 0.0,
+    ):
+        self.seed, self.num_classes, self.device = seed, num_classes, device
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.crop, self.flip = crop, flip
+        self.policies, self.fill, self.erasing = policies or [], fill, erasing
+        self.mixup_alpha, self.cutmix_alpha, self.mixup_mode = mixup_alpha, cutmix_alpha, mixup_mode
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, batch: dict[str, Tensor], step: int, micro_step: int, rank: int) -> tuple[Tensor, Tensor]:
+        """{pixel_values uint8 (B, C, H, W), labels int64 (B,) on the device; visit, index int64 (B,) on the host} ->
+        pixel_values float (B, C, H, W), targets float (B, K)."""
+        keys = sample_keys(self.seed, batch["visit"].numpy(), batch["index"].numpy())
+        pixels = self.change(batch["pixel_values"].permute(0, 2, 3, 1), keys)
+        pixel_values = normalise(pixels.permute(0, 3, 1, 2), self.mean, self.std)
+        targets = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
+        if self.label_smoothing > 0:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        rng = np.random.default_rng([self.seed, step, micro_step, rank])
+        return mix(pixel_values, targets, rng, self.mixup_alpha, self.cutmix_alpha, self.mixup_mode)
+
+    def change(self, pixels: Tensor, keys: np.ndarray) -> Tensor:
+        """What happens to each image by itself: uint8 (B, H, W, C), same shape."""
+        height, width = pixels.shape[1:3]
+        kind, amount = self.crop
+        flipped = flips(keys, self.flip)
+        if kind == "scale":
+            pixels = random_resized_crop(pixels, resized_crop_boxes(keys, (height, width), amount), flipped)
+        elif kind == "padding":
+            pixels = random_padded_crop(pixels, keys, int(amount), flipped)
+        elif flipped.any():
+            rows = to_device(np.flatnonzero(flipped), pixels.device)
+            pixels = pixels.index_copy(0, rows, pixels.index_select(0, rows).flip(2))
+        if self.policies:
+            program = chain([policy(keys, (height, width)) for policy in self.policies])
+            pixels = apply_program(pixels, program, self.fill)
+        return random_erasing(pixels, keys, self.erasing) if self.erasing > 0 else pixels

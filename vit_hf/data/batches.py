@@ -1,0 +1,144 @@
+"""From the indices of a micro-batch to its uint8 images on the host: gathered from what is decoded, or read and
+decoded, with other rows in place of bad ones. This module must not know which sample comes where.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_hf.data.augment.crops import resized_crop_boxes
+from vit_hf.data.decode import decode_row
+from vit_hf.data.order import BatchIndices
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
+from vit_hf.data.rows.interface import Rows
+from vit_hf.errors import UserError
+
+DEVICE_SHARE = 0.2  # of a device's memory: a decoded set that takes no more is kept there
+
+
+class ImageBatches(torch.utils.data.Dataset):
+    """Micro-batches on the host: batches[wanted] -> {pixel_values uint8 (B, H, W, C), labels, visit, index int64 (B,),
+    valid bool (B,)}, and beside them "bad", the rows that did not decode, {row: reason}, "retried", and "error", a line
+    that ends the run or None. Of a set that lies on the device, `rows` (B,) take the place of pixel_values.
+
+    Args:
+        rows: a table, a stream or a formula.
+        pixels: all of it, decoded (cache.py), and the rows that did not decode; None decodes batch by batch.
+        crop_scale: smallest share of the area of a random crop that is cut while decoding; None keeps the whole image.
+        on_bad_image: `raise`, or `skip`: a training row is replaced by another, chosen from (seed, visit, index); an
+            evaluation row does not count.
+        training: whether bad rows are replaced.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        preprocessing: Preprocessing,
+        pixels: tuple[np.ndarray, dict[int, str]] | None = None,
+        *,
+        seed: int = 0,
+        crop_scale: float | None = None,
+        on_bad_image: str = "raise",
+        training: bool = False,
+    ):
+        self.rows, self.preprocessing, self.seed = rows, preprocessing, seed
+        self.crop_scale, self.on_bad_image, self.training = crop_scale, on_bad_image, training
+        self.pixels, self.bad = pixels if pixels is not None else (None, {})
+        self.on_device: Tensor | None = None
+        if self.bad and on_bad_image == "raise":
+            raise self.error(self.bad)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def error(self, bad: dict[int, str]) -> UserError:
+        """The error for a run that does not skip bad images."""
+        row, reason = min(bad.items())
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        hint = "--on_bad_image skip leaves such rows out"
+        if self.on_bad_image == "skip":
+            hint = "and no row that does was found in its place"
+        return UserError(f"image in row {row} does not decode{more}: {reason}; {hint}")
+
+    def place_on_device(self, device: torch.device) -> None:
+        """Moves a decoded set to the device, where it fits DEVICE_SHARE of its memory."""
+        if self.pixels is None or device.type != "cuda":
+            return
+        free, total = torch.cuda.mem_get_info(device)
+        if self.pixels.nbytes <= min(DEVICE_SHARE * total, free / 2):
+            self.on_device = torch.empty(self.pixels.shape, dtype=torch.uint8, device=device)
+            for start in range(0, len(self.pixels), 8192):
+                part = torch.from_numpy(self.pixels[start : start + 8192].copy())
+                self.on_device[start : start + len(part)] = part.to(device)
+            torch.cuda.synchronize(device)  # it is read on another stream
+
+    def __getitem__(self, wanted: BatchIndices) -> dict[str, Any]:
+        bad: dict[int, str] = {}
+        index, valid, error, batch = wanted.index.copy(), wanted.valid.copy(), None, {}
+        try:
+            if self.pixels is None:
+                pixels, labels = self._decode(wanted, valid, bad)
+                batch["pixel_values"] = torch.from_numpy(pixels)
+            else:
+                self._pass_over(wanted, index, valid, bad)
+                labels = self.rows.labels[index]
+                if self.on_device is None:
+                    batch["pixel_values"] = torch.from_numpy(self.pixels[index])
+                else:
+                    batch["rows"] = torch.from_numpy(index)
+            batch["labels"] = torch.from_numpy(labels)
+        except UserError as caught:  # may be in a worker: a line is all that should come out of it
+            error = str(caught)
+        if bad and (self.on_bad_image == "raise" or (self.training and not valid.all())):
+            error = str(self.error(bad))
+        retried, self.rows.retried = self.rows.retried, []
+        batch |= {"visit": wanted.visit, "index": wanted.index, "valid": valid}
+        batch = {name: torch.as_tensor(value) for name, value in batch.items()}
+        return {**batch, "bad": bad, "retried": retried, "error": error}
+
+    def _pass_over(self, wanted: BatchIndices, index: np.ndarray, valid: np.ndarray, bad: dict[int, str]) -> None:
+        """Puts good rows of a decoded set where the index names bad ones."""
+        for place in np.flatnonzero(np.isin(index, list(self.bad))) if self.bad else ():
+            attempt = 0
+            while (row := int(index[place])) in self.bad and attempt < 100:
+                bad[row] = self.bad[row]
+                index[place] = self._another(wanted, place, attempt)
+                attempt += 1
+            valid[place] &= self.training and attempt < 100
+
+    def _another(self, wanted: BatchIndices, place: int, attempt: int) -> int:
+        """A row in place of one that does not decode."""
+        key = sample_keys(self.seed, wanted.visit[place : place + 1], wanted.index[place : place + 1])
+        return int(uniform(key, REPLACEMENT + attempt)[0] * len(self))
+
+    def _decode(self, wanted: BatchIndices, valid: np.ndarray, bad: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels uint8 (B, H, W, 3), cropped where that is asked for, and labels (B,)."""
+        index = wanted.index.copy()
+        pixels = np.zeros((len(index), *self.preprocessing.image_size, 3), dtype=np.uint8)
+        labels = np.zeros(len(index), dtype=np.int64)
+        keys = sample_keys(self.seed, wanted.visit, wanted.index)
+        left = np.arange(len(index))
+        for attempt in range(100):
+            images, labels[left] = self.rows.read(index[left])
+            again = []
+            for place, image in zip(left.tolist(), images):
+                result = decode_row(image, self.preprocessing, self._box_of(keys[place : place + 1]))
+                if isinstance(result, str):
+                    bad[int(index[place])] = result
+                    again.append(place)
+                else:
+                    pixels[place] = result
+            if not again or not self.training or self.on_bad_image == "raise":
+                break
+            left = np.array(again)
+            index[left] = [self._another(wanted, place, attempt) for place in again]
+        valid[again] = False
+        return pixels, labels
+
+    def _box_of(self, key: np.ndarray):
+        if self.crop_scale is None:
+            return None
+        return lambda size: tuple(resized_crop_boxes(key, size, self.crop_scale)[0].tolist())

@@ -1,0 +1,167 @@
+"""The way of micro-batches to the device: worker processes, pinned memory, and a thread that copies ahead."""
+
+import atexit
+import ctypes
+import queue
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_hf.data.batches import ImageBatches
+from vit_hf.data.faults import Faults
+from vit_hf.errors import UserError
+
+AHEAD = 2  # micro-batches that wait on the device
+
+
+def _in_worker(worker: int) -> None:
+    """Launchers, clusters and Ctrl-C signal a whole process group; the parent still needs its batches for the step at
+    hand, saves, and then ends its workers. One that is killed takes them along."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+_OPEN: "weakref.WeakSet[DeviceBatches]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing asks them to end by a signal that they leave to the parent, and waits for them."""
+    for loader in list(_OPEN):
+        loader.close()
+
+
+class DeviceBatches:
+    """The micro-batches of an order, on the device: pixel_values uint8 (B, C, H, W), labels int64, valid bool (B,); visit
+    and index stay on the host. Each `iter` starts at the first one.
+
+    Args:
+        num_workers: processes that read and decode; none where the set is decoded.
+        faults: gets what went wrong.
+        ahead: micro-batches that a thread keeps waiting on the device, copied while it computes. Default: AHEAD, but
+            none on a CPU, where there is no copy to hide and a thread would only take turns with the training.
+
+    Raises:
+        UserError: when a batch is taken: a row that does not decode, where bad images are not skipped, or cannot be
+            read.
+    """
+
+    def __init__(
+        self,
+        batches: ImageBatches,
+        order: Any,
+        device: torch.device,
+        num_workers: int,
+        faults: Faults,
+        ahead: int | None = None,
+    ):
+        if device.type == "cuda" and device.index is None:  # accelerate's, of a single process
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.batches, self.device, self.faults = batches, device, faults
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
+        workers = 0 if batches.pixels is not None else num_workers
+        self.loader = torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,  # an item is a whole micro-batch
+            sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,  # evaluation comes again and again
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # or else it would draw from the one that dropout uses
+            worker_init_fn=_in_worker,
+        )
+        _OPEN.add(self)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that did not come to an end in time
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        host = iter(self.loader)  # workers are started by this thread: they end with the one that started them
+        try:
+            for batch, copied in self._prefetched(host) if self.ahead else map(self._move, host):
+                self._report(batch)
+                if copied is not None:
+                    stream = torch.cuda.current_stream(self.device)
+                    stream.wait_event(copied)
+                    for name in ("pixel_values", "labels", "valid"):
+                        batch[name].record_stream(stream)
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a worker process that decodes images was killed, as a system does that is out of memory: lower "
+                "--dataloader_num_workers"
+            ) from None
+
+    def _prefetched(self, host: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        """What `_move` gives for each batch of the host, worked on ahead by a thread."""
+        ready: queue.Queue = queue.Queue(self.ahead)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._fill, args=(host, ready, stop), daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            while thread.is_alive():  # it may be waiting for room
+                try:
+                    ready.get(timeout=0.05)
+                except queue.Empty:
+                    pass
+            thread.join()
+
+    def _fill(self, host: Iterator[dict[str, Any]], ready: queue.Queue, stop: threading.Event) -> None:
+        try:
+            if self.stream is not None:
+                torch.cuda.set_device(self.device)  # a thread starts at the first one
+            with torch.cuda.stream(self.stream):  # None is no stream
+                for batch in host:
+                    if stop.is_set():
+                        return
+                    ready.put(self._move(batch))
+            ready.put(None)
+        except BaseException as error:  # the other thread raises it
+            ready.put(error)
+
+    def _move(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The batch on the device, and the event that its copies are done (None where there is nothing to wait for)."""
+        if batch["error"] is not None:
+            return batch, None
+        for name in ("pixel_values", "rows", "labels", "valid"):
+            if name in batch:
+                batch[name] = batch[name].to(self.device, non_blocking=True)
+        if "rows" in batch:
+            batch["pixel_values"] = self.batches.on_device.index_select(0, batch.pop("rows"))
+        batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
+        return batch, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+
+    def _report(self, batch: dict[str, Any]) -> None:
+        found, retried, error = batch.pop("bad"), batch.pop("retried"), batch.pop("error")
+        for line in retried:
+            print(f"warning: read again: {line}", file=sys.stderr)
+        self.faults.retried += retried
+        if error is not None:
+            raise UserError(error)
+        for row in found.keys() - self.faults.bad.keys():
+            if len(self.faults.bad) < 10:  # all are counted; the first ones are shown
+                print(f"warning: skipping row {row}: {found[row]}", file=sys.stderr)
+            self.faults.bad[row] = found[row]

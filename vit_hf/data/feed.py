@@ -1,0 +1,153 @@
+"""Chooses the way that a split's images take to the device: decoded once, or read and decoded batch by batch.
+
+This is all that a run calls once it has rows. It must not know models or training.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import datasets
+import torch
+
+from vit_hf.data.batches import ImageBatches
+from vit_hf.data.cache import decoded, worth_decoding
+from vit_hf.data.device import DeviceBatches
+from vit_hf.data.faults import Faults
+from vit_hf.data.machine import usable_cores
+from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder
+from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.interface import Rows
+from vit_hf.data.rows.parquet import ParquetRows
+from vit_hf.data.rows.table import TableRows
+
+
+@dataclass(frozen=True)
+class LoadingSettings:
+    """How images come to the device, as the flags of the same names say.
+
+    Args:
+        num_workers: processes of each rank that read and decode; None takes this process's share of the cores.
+        keep_on_device: whether a decoded training set may lie in the memory of the device.
+    """
+
+    num_workers: int | None = None
+    keep_on_device: bool = True
+    on_bad_image: str = "raise"
+    shuffle_buffer_size: int = 10_000
+    aug_repeats: int = 1
+    eval_batch_size: int = 128
+
+
+def workers_per_process(asked: int | None, num_processes: int) -> int:
+    """How many worker processes each process starts where images are decoded as they are needed: as many as are asked
+    for, or this process's share of the machine's cores, at most 16."""
+    if asked is not None:
+        return asked
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    return min(16, max(1, usable_cores() // on_this_machine))
+
+
+def open_batches(
+    split: datasets.Dataset | Rows,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    settings: LoadingSettings,
+    *,
+    seed: int = 0,
+    crop_scale: float | None = None,
+    training: bool = False,
+    class_index: list[int] | None = None,
+    keep: bool = True,
+) -> ImageBatches:
+    """A split's micro-batches on the host, decoded once where that pays.
+
+    Args:
+        crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
+        class_index: another number for each label.
+        keep: False decodes anew each time, for a set that is gone through once.
+    """
+    pixels = None
+    if isinstance(split, datasets.Dataset):
+        rows: Rows = TableRows(split, class_index)
+        if keep and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
+            pixels = decoded(rows, preprocessing)
+    else:
+        rows = split
+        if class_index is not None:
+            rows.renumber(class_index)
+    batches = ImageBatches(
+        rows,
+        preprocessing,
+        pixels,
+        seed=seed,
+        crop_scale=None if pixels is not None else crop_scale,
+        on_bad_image=settings.on_bad_image,
+        training=training,
+    )
+    if training and settings.keep_on_device:  # each process reads a part of an evaluation set alone
+        batches.place_on_device(device)
+    return batches
+
+
+def train_batches(
+    split: datasets.Dataset | Rows,
+    preprocessing: Preprocessing,
+    plan: StepPlan,
+    device: torch.device,
+    settings: LoadingSettings,
+    faults: Faults,
+    *,
+    crop_scale: float | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[DeviceBatches, bool]:
+    """The micro-batches of this process at the steps of the plan, and whether a `scale` crop is left to the device."""
+    batches = open_batches(
+        split, preprocessing, device, settings, seed=plan.seed, crop_scale=crop_scale, training=True
+    )
+    workers = workers_per_process(settings.num_workers, plan.num_processes)
+    if isinstance(split, ParquetRows):
+        shards = split.shards()
+        if settings.num_workers is None:
+            workers = max(1, min(workers, len(shards) // plan.num_processes))
+        split.hold(settings.shuffle_buffer_size, workers)
+        order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
+    else:
+        order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats)
+    if batches.pixels is not None:
+        where = "on the device" if batches.on_device is not None else "mapped from the cache"
+        say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
+    else:
+        say(f"images: read and decoded batch by batch, {workers} workers a process")
+    return DeviceBatches(batches, order, device, workers, faults), batches.pixels is not None
+
+
+def eval_batches(
+    split: datasets.Dataset | Rows,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    settings: LoadingSettings,
+    faults: Faults,
+    *,
+    num_processes: int,
+    rank: int,
+    class_index: list[int] | None = None,
+    keep: bool = True,
+) -> DeviceBatches:
+    """The evaluation batches of this process, each sample once over all processes; what can be kept decoded is decoded
+    once.
+
+    Args:
+        class_index: the model's index of each class of the dataset, where they differ.
+        keep: whether they will be gone through again and again.
+    """
+    batches = open_batches(split, preprocessing, device, settings, class_index=class_index, keep=keep)
+    workers = workers_per_process(settings.num_workers, num_processes)
+    order = EvalOrder(
+        num_samples=len(batches),
+        num_processes=num_processes,
+        rank=rank,
+        batch_size=settings.eval_batch_size,
+        num_workers=workers,
+    )
+    return DeviceBatches(batches, order, device, workers, faults)

@@ -1,0 +1,45 @@
+"""What can be read by index: `len(rows)`, and `rows.read(index)` -> the images and int64 labels (B,).
+
+An image is a row of an `Image(decode=False)` column, {"bytes", "path"}, or its pixels, uint8 (H, W, 3). table.py has it
+over a table of `datasets`, parquet.py over remote files, fractals.py over formulas.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Rows(Protocol):
+    """What can be read by index."""
+
+    retried: list[str]  # one line for each read that had to be tried again, until somebody takes them
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: np.ndarray) -> tuple[list[Any], np.ndarray]: ...
+
+
+class LazyRows:
+    """What rows that are not stored have in common: some of the source's rows, under other numbers.
+
+    Args:
+        num_rows: of the source.
+        class_names: of the labels 0..K-1.
+    """
+
+    def __init__(self, num_rows: int, class_names: list[str]):
+        self.class_names = class_names
+        self.number_of = np.arange(len(class_names))  # for each label the number it is trained under
+        self.source_rows = np.arange(num_rows)
+        self.retried: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.source_rows)
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Narrows the set to some of its present rows, ascending int64 (n,)."""
+        self.source_rows = self.source_rows[rows]
+
+    def renumber(self, class_index: list[int]) -> None:
+        """Gives each label another number."""
+        self.number_of = np.asarray(class_index)[self.number_of]

@@ -1,0 +1,59 @@
+"""The rows of a table of `datasets`, in memory-mapped files on this machine.
+
+Must not know: pixels, epochs, processes.
+"""
+
+import os
+from typing import Any
+
+import datasets
+import numpy as np
+
+from vit_hf.data.rows.retries import patiently
+from vit_hf.errors import UserError
+
+
+class TableRows:
+    """The rows of a `datasets.Dataset` with the columns `image` (undecoded) and `label`.
+
+    Args:
+        class_index: another number for each label.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, class_index: list[int] | None = None):
+        self.dataset = dataset
+        self.images = dataset.select_columns(["image"]).with_format("arrow")
+        self.labels = dataset.with_format("numpy")["label"][:].astype(np.int64)
+        if class_index is not None:
+            self.labels = np.asarray(class_index)[self.labels]
+        self.retried: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """The images {"bytes", "path"} and labels int64 (B,) at `index`. A file that cannot be read stays a path, and
+        fails where it is decoded."""
+        images = [image or {"bytes": None, "path": None} for image in self.images[index]["image"].to_pylist()]
+        for image in images:
+            if image["bytes"] is None and image["path"] is not None:
+                try:
+                    image["bytes"] = patiently(
+                        lambda path=image["path"]: file_bytes(path), image["path"], self.retried
+                    )
+                except UserError:
+                    pass
+        return images, self.labels[index]
+
+
+def file_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def source_state(dataset: datasets.Dataset) -> list[str]:
+    """What identifies a dataset's content for a cache: its fingerprint, and the state of its files, which fingerprints
+    of some sources outlive."""
+    files = [file["filename"] for file in dataset.cache_files]
+    state = [f"{name} {os.path.getsize(name)} {os.stat(name).st_mtime_ns}" for name in files]
+    return [dataset._fingerprint, *state]

@@ -1,0 +1,224 @@
+"""A name to rows: a named set, a folder or a Hub id, as one training and one evaluation split.
+
+Job: load through `datasets`, find columns and splits, check the labels, apply the subset filter and the trial draws.
+Must not know: models, training, pixels (decode.py reads the images), processes.
+"""
+
+import dataclasses
+import os
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, encode_labels, find_columns
+from vit_hf.data.sets.digits import load_digits_splits
+from vit_hf.data.sets.fractals import load_fractal_splits, parse_options
+from vit_hf.data.sets.glyphs import load_glyphs_splits
+from vit_hf.data.sets.load_errors import explained
+from vit_hf.data.sets.names import (
+    GENERATED_SETS,
+    ImageSplits,
+    eval_split_name,
+    listed_splits,
+    resolve_name,
+    train_split_name,
+)
+from vit_hf.data.sets.streamed import load_streamed
+from vit_hf.data.sets.subset import SubsetRule, apply_rule, draw_samples, hold_out, resolve_classes
+from vit_hf.errors import UserError
+
+HELD_OUT_FRACTION = 0.1
+
+
+@dataclasses.dataclass
+class _Split:
+    """One source split with its checked labels, and the source rows that belong to it."""
+
+    name: str
+    images: datasets.Dataset  # the one column `image`
+    labels: np.ndarray  # int64 (N,), over all source rows
+    rows: np.ndarray  # int64 (n,), ascending
+
+
+def load_image_splits(
+    dataset_name: str,
+    *,
+    dataset_config_name: str | None = None,
+    revision: str | None = None,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    subset: SubsetRule = SubsetRule(),
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+    need_train: bool = True,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> ImageSplits:
+    """Load a set's training and evaluation split, every process the same rows.
+
+    Args:
+        dataset_name: digits, glyphs, fractal, cifar10, imagenet-1k, an existing folder (imagefolder, parquet or
+            `save_to_disk`), or a Hub id; a named set goes before a folder of that name (write `./digits` for it).
+        dataset_config_name, revision: configuration and version of a Hub set; the options of `fractal`.
+        image_column_name, label_column_name: columns, where their types do not decide.
+        train_split: default `train`.
+        eval_split: default `test`, or `validation` where test is absent or has no labels, or else a stratified tenth
+            held out of the training split (said in `notes`).
+        subset: which training rows to keep; its classes also filter the evaluation split, nothing else does.
+        max_train_samples, max_eval_samples: trial draws after the subset filter.
+        seed: of the held-out tenth and the draws.
+        need_train: False leaves `train` and `subset` empty; the evaluation split is the same either way.
+        streaming: read parquet shards, or compute fractals, as they are needed, instead of storing them first.
+        cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
+
+    Raises:
+        UserError: no such set, configuration, split, column or class; no access or no connection; labels out of
+            range; no training or evaluation samples; a subset that empties a class which is evaluated.
+    """
+    if streaming:
+        options = (dataset_config_name, revision, image_column_name, label_column_name, train_split, eval_split)
+        draws = (max_train_samples, max_eval_samples, seed)
+        return load_streamed(dataset_name, *options, subset, *draws, need_train, cache_dir)
+    source = _load_source(dataset_name, dataset_config_name, revision, cache_dir)
+    notes: list[str] = []
+    train_name = train_split_name(source, train_split, needed=need_train)
+    columns = {}  # the training split's first: a mistyped column must not look like a split without labels
+    if train_name is not None:
+        columns[train_name] = find_columns(source[train_name], train_name, image_column_name, label_column_name)
+    eval_name = eval_split_name(source, eval_split, train_name, label_column_name, notes)
+    if eval_name is not None:
+        columns[eval_name] = find_columns(source[eval_name], eval_name, image_column_name, label_column_name)
+    splits, class_names = _read_splits({name: source[name] for name in columns}, columns)
+    train, evaluation = splits.get(train_name), splits.get(eval_name)
+    if (need_train or evaluation is None) and len(train.rows) == 0:
+        raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(source)}")
+    if evaluation is None:
+        train, evaluation = _hold_out(train, seed, notes)
+    elif need_train and train_name == eval_name:
+        notes.append(f"The evaluation split is the training split itself ({eval_name}), as the flags ask.")
+
+    kept = resolve_classes(subset.classes, class_names)
+    eval_rows = evaluation.rows[np.isin(evaluation.labels[evaluation.rows], kept)]
+    if len(eval_rows) == 0:
+        raise UserError(
+            f"--eval_split {evaluation.name}: no images of the classes in use; splits: {listed_splits(source)}"
+        )
+    train_rows, record = None, {}
+    if need_train:
+        train_rows, record = apply_rule(train.images, train.labels, train.rows, subset, class_names, cache_dir)
+        untrained = np.setdiff1d(evaluation.labels[eval_rows], train.labels[train_rows])
+        _check_untrained([class_names[index] for index in untrained], subset, notes)
+        train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, seed)]
+    eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, seed)]
+    return ImageSplits(
+        train=_finish(train, train_rows, kept, class_names) if need_train else None,
+        eval=_finish(evaluation, eval_rows, kept, class_names),
+        class_names=[class_names[index] for index in kept],
+        train_split=train.name if need_train else None,
+        eval_split=evaluation.name,
+        subset=record,
+        notes=notes,
+    )
+
+
+def check_available(dataset_name: str, dataset_config_name: str | None = None) -> None:
+    """Raises UserError where a set cannot be had from here; asks for its description alone, and downloads no images."""
+    if dataset_name in GENERATED_SETS:
+        return
+    path, is_folder = resolve_name(dataset_name)
+    if is_folder:
+        return
+    try:
+        datasets.load_dataset_builder(path, dataset_config_name)
+    except Exception as error:  # as in _load_source
+        raise explained(error, dataset_name, path, is_folder) from error
+
+
+def _load_source(name: str, config_name: str | None, revision: str | None, cache_dir: str | None) -> dict:
+    """Return split name -> Dataset; every failure of `datasets` becomes one line."""
+    if name in GENERATED_SETS:
+        if revision or (config_name and name != "fractal"):
+            given = f"revision {revision}" if revision else f"--dataset_config_name {config_name}"
+            raise UserError(f"--dataset_name {name}: is generated on this machine and takes no {given}; leave it out")
+        if name == "fractal":
+            return load_fractal_splits(parse_options(config_name), cache_dir=cache_dir)
+        return {"digits": load_digits_splits, "glyphs": load_glyphs_splits}[name](cache_dir=cache_dir)
+    path, is_folder = resolve_name(name)
+    try:
+        if is_folder and {"dataset_dict.json", "state.json"} & set(os.listdir(path)):  # save_to_disk made it
+            loaded = datasets.load_from_disk(path)
+        else:
+            loaded = datasets.load_dataset(path, config_name, revision=revision, cache_dir=cache_dir)
+    except Exception as error:  # `datasets` lets through the exceptions of every library below it
+        raise explained(error, name, path, is_folder) from error
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[str]]:
+    """Return each split with labels as int64 0..K-1, all splits numbered alike, and the K class names."""
+    values = {name: column_values(source[name], label) for name, (_, label) in columns.items()}
+    for name, column in values.items():
+        if column.null_count:
+            row = pc.index(pc.is_null(column), True).as_py()
+            raise UserError(f"{name} split, row {row}: {columns[name][1]} is empty; every row needs a label")
+    features = {name: source[name].features[columns[name][1]] for name in source}
+    typed = [isinstance(feature, datasets.ClassLabel) for feature in features.values()]
+    if all(typed):
+        class_names = list(next(iter(features.values())).names)
+        labels = {name: checked_labels(values[name], features[name], class_names, name) for name in source}
+    elif any(typed):
+        shown = ", ".join(f"{name}: {columns[name][1]} {type(feature).__name__}" for name, feature in features.items())
+        raise UserError(f"the splits' label columns differ in type ({shown}): choose others by --label_column_name")
+    else:
+        labels, class_names = encode_labels(values, columns)
+    splits = {}
+    for name, (image, _) in columns.items():
+        images = source[name].select_columns([image])
+        images = images.rename_column(image, "image") if image != "image" else images
+        images = images.cast_column("image", datasets.Image(decode=False))
+        splits[name] = _Split(name, images, labels[name], np.arange(len(labels[name])))
+    return splits, class_names
+
+
+def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Split]:
+    """Make an evaluation split of a stratified tenth of the training rows, and say so."""
+    kept, held_out = hold_out(train.labels, HELD_OUT_FRACTION, seed)
+    if len(held_out) == 0:
+        raise UserError(
+            f"the set has no evaluation split, and {len(train.labels)} training rows are too few to hold some out: "
+            "name a split by --eval_split"
+        )
+    percent = round(100 * HELD_OUT_FRACTION)
+    notes.append(
+        f"The set has no labelled evaluation split: {len(held_out)} rows ({percent}% of each class) of "
+        f"{train.name} are held out with seed {seed}."
+    )
+    rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, seed {seed})", rows=kept)
+    return rest, dataclasses.replace(train, name=f"{train.name} ({percent}% held out, seed {seed})", rows=held_out)
+
+
+def _check_untrained(names: list[str], rule: SubsetRule, notes: list[str]) -> None:
+    """Refuse a subset that evaluates a class it does not train; without a subset, the set itself is like that."""
+    if not names:
+        return
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    if not rule.is_empty:
+        raise UserError(
+            f"the subset {rule.describe()} leaves no training images of evaluation class {shown}: raise "
+            "--subset_fraction or drop the class with --subset_classes"
+        )
+    notes.append(f"The evaluation split has classes without a training image: {shown}.")
+
+
+def _finish(split: _Split, rows: np.ndarray, kept: np.ndarray, class_names: list[str]) -> datasets.Dataset:
+    """Attach the labels, renumbered 0..K-1 over the kept classes, and take the chosen rows."""
+    number_of = np.full(len(class_names), NO_LABEL, dtype=np.int64)
+    number_of[kept] = np.arange(len(kept))
+    feature = datasets.ClassLabel(names=[class_names[index] for index in kept])
+    # The column goes on before the rows are chosen: added to a selection, it would copy every image.
+    dataset = split.images.add_column("label", number_of[split.labels], feature=feature)
+    return dataset if len(rows) == len(dataset) else dataset.select(rows)

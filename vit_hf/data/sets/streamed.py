@@ -1,0 +1,99 @@
+"""A set that is read while it is trained on: parquet shards, or fractals that are computed as they are needed."""
+
+import functools
+
+import datasets
+
+from vit_hf.data.rows.parquet import ParquetRows, head, parquet_splits
+from vit_hf.data.sets.columns import find_columns, renumbered
+from vit_hf.data.sets.fractals import FractalRows, num_images, parse_options
+from vit_hf.data.sets.fractals import class_names as fractal_class_names
+from vit_hf.data.sets.load_errors import explained
+from vit_hf.data.sets.names import (
+    GENERATED_SETS,
+    Heads,
+    ImageSplits,
+    eval_split_name,
+    listed_splits,
+    resolve_name,
+    train_split_name,
+)
+from vit_hf.data.sets.subset import draw_samples, keep_fraction, subset_hash
+from vit_hf.errors import UserError
+
+
+def load_streamed(
+    name, config_name, revision, image_column, label_column, train_split, eval_split,
+    subset, max_train_samples, max_eval_samples, seed, need_train, cache_dir,
+) -> ImageSplits:  # fmt: skip
+    """As `load_image_splits`, with rows that are read when they are needed."""
+    if subset.per_class is not None or subset.classes is not None:
+        raise UserError(
+            "--streaming: a subset of classes or by class (--subset_classes, --subset_per_class, or a model of fewer "
+            "classes) would have to read all labels first; allowed is --subset_fraction, or a copy by `vit-hf data prepare`"
+        )
+    notes: list[str] = []
+    if name == "fractal":
+        options = parse_options(config_name)
+        class_names = fractal_class_names(options)
+        heads = {
+            split: range(num_images(options, split)) for split in ("train", "test")
+        }  # their lengths are asked for
+        train_name = train_split_name(heads, train_split, needed=need_train)
+        eval_name = eval_split or "test"
+        if eval_name not in heads:
+            raise UserError(f"--eval_split {eval_name}: no such split; splits: {listed_splits(heads)}")
+        open_split = functools.partial(FractalRows, options)
+    else:
+        shards, features = _find_shards(name, config_name, revision, cache_dir)
+        heads = Heads({split: head(files, features) for split, files in shards.items()})
+        train_name = train_split_name(heads, train_split, needed=need_train)
+        eval_name = eval_split_name(heads, eval_split, train_name, label_column, notes)
+        if eval_name is None:
+            raise UserError("--streaming: no part of a stream is held out; name a split to evaluate by --eval_split")
+        columns = {
+            split: find_columns(heads[split], split, image_column, label_column)
+            for split in (train_name, eval_name)
+            if split
+        }
+        kinds = {split: heads[split].features[label] for split, (_, label) in columns.items()}
+        if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
+            raise UserError(
+                "--streaming: the label column names no classes, which would be known only when all of it was read; "
+                "`vit-hf data prepare` writes a copy that names them"
+            )
+        class_names = list(next(iter(kinds.values())).names)
+
+        def open_split(split: str) -> ParquetRows:
+            rows = ParquetRows(shards[split], *columns[split], kinds[split].names)
+            rows.renumber(renumbered(kinds[split].names, class_names, split))
+            return rows
+
+    train, record = None, {}
+    if need_train:
+        train = open_split(train_name)
+        if not subset.is_empty:
+            kept = keep_fraction(len(train), subset.fraction, subset.seed)
+            record = {"rule": subset.describe(), "subset_hash": subset_hash(kept), "train_samples": len(kept)}
+            train.keep(kept)
+        train.keep(draw_samples(len(train), max_train_samples, seed))
+        if len(train) == 0:
+            raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(heads)}")
+    evaluation = open_split(eval_name)
+    evaluation.keep(draw_samples(len(evaluation), max_eval_samples, seed))
+    train_name = train_name if need_train else None
+    return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
+
+
+def _find_shards(
+    name: str, config_name: str | None, revision: str | None, cache_dir: str | None
+) -> tuple[dict[str, list[str]], datasets.Features | None]:
+    """Split name -> its parquet shards, and the columns where the set's card names them."""
+    if name in GENERATED_SETS:
+        raise UserError(f"--streaming: {name} is generated on this machine and small; leave the flag out")
+    path, is_folder = resolve_name(name)
+    try:
+        builder = datasets.load_dataset_builder(path, config_name, revision=revision, cache_dir=cache_dir)
+    except Exception as error:
+        raise explained(error, name, path, is_folder) from error
+    return parquet_splits(name, builder), builder.info.features
