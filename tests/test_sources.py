@@ -432,7 +432,7 @@ def test_no_connection_is_one_line(offline):
 
 def test_broken_and_empty_folders_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no image or parquet files found" in _message(str(tmp_path / "empty"))
+    assert "no image, parquet or tar files found" in _message(str(tmp_path / "empty"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"not parquet at all")
     assert "broken: cannot be read: " in _message(str(tmp_path / "broken"))

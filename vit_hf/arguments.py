@@ -110,6 +110,7 @@ class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
     )
     mixup_mode: Literal["batch", "elem"] = flag("batch", "draw mixup and cutmix for a micro-batch, or for each image")
     aug_repeats: int = flag(1, "times that each image comes in a row, augmented otherwise each time", low=1)
+    class_balanced: bool = flag(False, "all classes come equally often; the length of an epoch stays")
 
 
 @dataclass
@@ -419,6 +420,8 @@ def check(args: RunArguments) -> None:
             raise ArgumentError(f"--{name}: 1.0 would never move the average, allowed is 0 to below 1")
     if args.streaming and args.aug_repeats > 1:
         raise ArgumentError(f"--aug_repeats: {args.aug_repeats} does not go with --streaming, allowed is 1")
+    if args.streaming and args.class_balanced:
+        raise ArgumentError("--class_balanced: true does not go with --streaming, allowed is false")
     parse_num_workers(args.dataloader_num_workers)
     check_subset(args)
     check_augmentation(args)

@@ -165,6 +165,7 @@ def loading_settings(args: Any) -> LoadingSettings:
         on_bad_image=args.on_bad_image,
         shuffle_buffer_size=getattr(args, "shuffle_buffer_size", 0),
         aug_repeats=getattr(args, "aug_repeats", 1),
+        class_balanced=getattr(args, "class_balanced", False),
         eval_batch_size=args.per_device_eval_batch_size,
     )
 

@@ -36,6 +36,7 @@ class LoadingSettings:
     on_bad_image: str = "raise"
     shuffle_buffer_size: int = 10_000
     aug_repeats: int = 1
+    class_balanced: bool = False
     eval_batch_size: int = 128
 
 
@@ -113,7 +114,8 @@ def train_batches(
         split.hold(settings.shuffle_buffer_size, workers)
         order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
     else:
-        order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats)
+        labels = batches.rows.labels if settings.class_balanced else None
+        order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats, labels=labels)
     if batches.pixels is not None:
         where = "on the device" if batches.on_device is not None else "mapped from the cache"
         say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
