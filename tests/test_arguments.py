@@ -171,6 +171,7 @@ def test_randaugment_out_of_range_is_refused(text):
         ({"randaugment": "num_ops=2", "trivial_augment": True}, "only one of --trivial_augment and --randaugment"),
         ({"three_augment": True, "trivial_augment": True}, "only one of --trivial_augment and --three_augment"),
         ({"streaming": True, "aug_repeats": 3}, "--aug_repeats: 3 does not go with --streaming"),
+        ({"streaming": True, "class_balanced": True}, "--class_balanced: true does not go with --streaming"),
         ({"dataloader_num_workers": "some"}, "--dataloader_num_workers: 'some' is not auto or a number"),
         ({"dataloader_num_workers": "-1"}, "--dataloader_num_workers: '-1' is not auto or a number"),
         ({"subset_fraction": 0.5, "subset_per_class": 3}, "only one of --subset_fraction and --subset_per_class"),

@@ -19,7 +19,8 @@ from vit_hf.data.cache import decoded
 from vit_hf.data.decode import open_image, to_pixels
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
-from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder
+from vit_hf.data.feed import LoadingSettings, train_batches
+from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder, balanced_order
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
 from vit_hf.data.rows import retries, table
@@ -105,6 +106,68 @@ def test_repeated_samples_come_in_a_row_each_time_with_another_key(world, micro)
     assert [index for _, index in stream] == [index for _, index in plain for _ in range(3)][:120]
     assert [visit for visit, _ in stream[:90]] == [0, 1, 2] * 30  # an epoch of the samples, in three of the schedule
     assert len(set(stream)) == 120
+
+
+LABELS = np.random.RandomState(0).permutation(np.repeat([0, 1, 3], [24, 5, 1]))  # 30 samples, none of class 2
+
+
+def balanced(world: int = 1, micro: int | None = None, **changes) -> list[tuple[int, int]]:
+    """The (visit, index) of all steps in the order of the stream."""
+    ranks = [train_places(world, rank, micro, labels=LABELS, **changes) for rank in range(world)]
+    return [pair for together in zip(*ranks) for places in together for pair in pairs(places)]
+
+
+def test_balanced_epochs_keep_their_length_and_draw_all_classes_equally_often():
+    stream = balanced(total_steps=100)
+    visits, rows = np.zeros(30, dtype=int), np.array([index for _, index in stream])
+    for epoch in range(40):
+        counts = np.bincount(LABELS[rows[30 * epoch : 30 * epoch + 30]], minlength=4)
+        assert counts.tolist() == [10, 10, 0, 10]
+        assert len(set(LABELS[rows[30 * epoch : 30 * epoch + 10]])) > 1  # mixed
+        for row in rows[30 * epoch : 30 * epoch + 30]:
+            visits[row] += 1
+        assert all(np.ptp(visits[LABELS == label]) <= 1 for label in (0, 1, 3))
+    assert [visits[LABELS == label].tolist() for label in (1, 3)] == [[80] * 5, [400]]
+    assert sorted(stream) == sorted((visit, row) for row in range(30) for visit in range(visits[row]))  # a key each
+
+
+def test_shares_that_do_not_divide_differ_by_one_and_in_turn():
+    labels = np.repeat([0, 1, 2], [25, 4, 2])  # 31 places an epoch
+    counts = [np.bincount(labels[balanced_order(3, epoch, labels)[1]]).tolist() for epoch in range(6)]
+    assert counts == [[11, 10, 10], [10, 11, 10], [10, 10, 11]] * 2
+    visit, index = balanced_order(3, 2, labels)
+    assert np.array_equal(index, balanced_order(3, 2, labels)[1]) and visit[labels[index] == 2].min() == 10
+    assert not np.array_equal(index, balanced_order(4, 2, labels)[1])
+    even = np.arange(12) % 3  # nothing to balance: each sample once an epoch
+    visit, index = balanced_order(3, 5, even)
+    assert sorted(index) == list(range(12)) and set(visit) == {5}
+
+
+@pytest.mark.parametrize("world, micro", [(1, 4), (2, 6), (4, 3), (4, 1)])
+def test_a_balanced_global_step_holds_the_same_samples_however_it_is_cut(world, micro):
+    ranks = [train_places(world, rank, micro, labels=LABELS) for rank in range(world)]
+    assert steps_of(ranks) == steps_of([train_places(labels=LABELS)])
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 6])
+def test_a_balanced_start_at_a_step_equals_skipping_the_steps_before(first_step):
+    assert balanced(first_step=first_step) == balanced()[12 * first_step :]
+
+
+def test_repeated_samples_of_a_balanced_epoch_have_a_key_each():
+    stream = balanced(repeats=3, total_steps=20)
+    assert len(set(stream)) == 240
+    assert [index for _, index in stream] == [index for _, index in balanced(total_steps=20) for _ in range(3)][:240]
+
+
+def test_the_flag_balances_what_a_run_is_handed():
+    rows = image_set(12).remove_columns("label").add_column("label", [0] * 9 + [1] * 2 + [2])
+    plan = StepPlan(3, 0, 4, 1, 0, 6, 1)
+    for flag, counts in ((False, [18, 4, 2]), (True, [8, 8, 8])):
+        settings = LoadingSettings(num_workers=0, class_balanced=flag)
+        batches, _ = train_batches(rows, PREPROCESSING, plan, CPU, settings, Faults())
+        labels = torch.cat([batch["labels"] for batch in batches])
+        assert torch.bincount(labels).tolist() == counts
 
 
 # --- evaluation places ---

@@ -21,28 +21,27 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch in which all classes come equally often: how often each sample was seen before and its
-    index, int64 (N,) each, a function of the arguments alone.
+    """The order of an epoch in which all classes come equally often: the number of each visit, counted for its sample
+    from the first epoch on, and the sample's index, int64 (N,) each; a function of the arguments alone.
 
     The places of all epochs, N an epoch, go round the classes that have samples; those of one class go through its
-    samples again and again, each time in another order. So at any time the places of two classes, and the visits of two
-    samples of a class, differ by one at most. Source: class-balanced sampling, arXiv 1910.09217, section 3, without
-    replacement.
+    samples again and again, each time in another order. So after each epoch the places of two classes, and the visits
+    of two samples of a class, differ by one at most. Source: class-balanced sampling, arXiv 1910.09217, section 3, here
+    without replacement.
 
     Args:
         labels: int (N,), at least 0.
     """
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
     members = [rows for rows in members if len(rows)]
-    first = epoch * len(labels)
+    first, step = epoch * len(labels), len(members)
     visit, index = np.empty((2, len(labels)), dtype=np.int64)
     for number, rows in enumerate(members):
-        here = slice((number - first) % len(members), None, len(members))
-        cycle, place = np.divmod((first + np.arange(len(labels))[here]) // len(members), len(rows))
-        cycles = np.unique(cycle)
+        places = np.arange((number - first) % step, len(labels), step)
+        cycle, place = np.divmod((first + places) // step, len(rows))
+        cycles = np.arange(cycle[0], cycle[-1] + 1)
         order = np.argsort(mix_bits(sample_keys(seed, cycles[:, None], rows[None])), axis=1, kind="stable")
-        visit[here] = cycle
-        index[here] = rows[order[np.searchsorted(cycles, cycle), place]]
+        visit[places], index[places] = cycle, rows[order[cycle - cycle[0], place]]
     mixed = epoch_order(seed, epoch, len(labels))
     return visit[mixed], index[mixed]
 
@@ -113,7 +112,7 @@ class TrainOrder:
             yield BatchIndices(visit * self.repeats + copy, index, np.ones(len(index), dtype=bool))
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """How often each sample of an epoch was seen in those before, and its index."""
+        """The number of each visit of an epoch, and the sample's index."""
         if epoch not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
             if self.labels is None:
