@@ -618,6 +618,22 @@ def test_original_copy_and_stream_choose_the_same_images(original, rule):
         assert labels.tolist() == chosen.eval["label"][:]
 
 
+def test_a_held_out_tenth_does_not_change_the_subset_of_the_rest(tmp_path):
+    folder, rule = image_folder(tmp_path / "set", train={"a": many(20), "b": many(10, 20)}), SubsetRule(fraction=0.5)
+    copy(folder, tmp_path / "copy")
+    chosen = load_image_splits(folder, subset=rule)
+    for streaming in (False, True):
+        found = load_image_splits(str(tmp_path / "copy"), subset=rule, streaming=streaming)
+        assert found.subset == chosen.subset and len(found.train) == len(chosen.train) == 14
+
+
+def test_a_stream_of_a_copy_is_evaluated_on_some_classes(original):
+    options = dict(subset=SubsetRule(classes=["c"]), streaming=True, need_train=False)
+    found = load_image_splits(str(original / "copy"), **options)
+    assert (len(found.eval), found.class_names, found.subset) == (2, ["c"], {})
+    assert found.eval.read(np.arange(2))[1].tolist() == [0, 0]
+
+
 def test_a_streamed_subset_of_a_copy_reads_no_image(original, monkeypatch):
     from vit_hf.data.rows.parquet import ParquetRows
 
@@ -650,13 +666,21 @@ def test_a_copy_of_a_subset_is_counted_by_what_it_holds(original, tmp_path):
     assert load_image_splits(str(tmp_path / "half"), subset=half).subset["train_samples"] == 11  # of 22
 
 
-def test_a_copy_of_an_earlier_version_loads_and_says_what_it_lacks(original, tmp_path):
+def test_a_copy_of_an_earlier_version_loads_and_says_what_it_lacks(original, tmp_path, capsys):
     old = tmp_path / "old"
     shutil.copytree(original / "copy", old)
     for path in old.glob("data/*.parquet"):
         table = pyarrow.parquet.read_table(path, columns=["image", "label"])
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-        pyarrow.parquet.write_table(table.cast(features.arrow_schema), path)
+        metadata = {**features.arrow_schema.metadata, shard.BAD_ROWS: "[]"}
+        pyarrow.parquet.write_table(table.cast(features.arrow_schema).replace_schema_metadata(metadata), path)
+    recorded = json.loads((old / "prepare.json").read_text())
+    del recorded["row_order_seed"]
+    (old / "prepare.json").write_text(json.dumps(recorded))
+    copy(str(original / "set"), old)
+    assert "note: an earlier version made it" in capsys.readouterr().out
+    (old / "checksums.sha256").unlink()
+    assert "(row_order_seed None then, 0 now)" in refusal(str(original / "set"), old)
     assert load_image_splits(str(old)).notes == []
     for options in ({}, {"streaming": True}):
         loaded = load_image_splits(str(old), subset=RULES[0], **options)

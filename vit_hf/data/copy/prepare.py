@@ -97,8 +97,14 @@ def prepare(
     work = Work(sets, numbers, digests, splits.class_names, shorter_side, jpeg_quality, on_bad_image)
     content = describe_content(work, names, {**source, "subset": splits.subset}, rows_per_shard)
     shards = plan_shards(output_dir / "data", sets, rows_per_shard)
-    if _look(output_dir, content, shards)[1]:
+    recorded, finished = _look(output_dir, content, shards)
+    if finished:
         print(f"{output_dir} holds this copy, finished: nothing to do")
+        if recorded is not None and "row_order_seed" not in recorded:
+            print(
+                "note: an earlier version made it, in the order of the source and without the digests of its images, "
+                "so its subsets differ from the source's; a new copy needs another --output_dir"
+            )
         return summarise(shards)
     try:
         (output_dir / "data").mkdir(parents=True, exist_ok=True)

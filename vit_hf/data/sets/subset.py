@@ -2,7 +2,7 @@
 
 Job: rules, class lists, exact row selection, the hash that identifies a selection, and the plain draws: a trial's
 samples, and the rows held out where a set has no evaluation split.
-Must not know: where a set comes from, its splits and column names (sources.py), models, training.
+Must not know: where a set comes from, its splits and column names (load.py), models, training.
 """
 
 import dataclasses
