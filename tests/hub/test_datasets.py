@@ -432,11 +432,23 @@ prepare(splits, Path({str(tmp_path / "copy")!r}), source={{"dataset_name": "imag
 def test_tar_shards_on_the_hub_load_with_their_class_names(tmp_path):
     from tests.test_tars import tar_set
 
+    rules, home = [{"classes": ["owl", "cat"]}], tmp_path / "home"
     with new_hub() as hub:
         tar_set(tmp_path / "set")
-        hub.add_repo("dataset", "reader/tars", {path.name: path.read_bytes() for path in tmp_path.glob("set/*")})
-        done = start(
-            hub, tmp_path / "home", "-c", SUBSET, json.dumps(["reader/tars", False, [{"classes": ["owl", "cat"]}]])
-        )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0] == ["cat", "owl"] and json.loads(done.stdout)[2:4] == [16, 4]
+        files = {path.name: path.read_bytes() for path in tmp_path.glob("set/*")}
+        hub.add_repo("dataset", "reader/tars", files)
+        del files["classes.txt"]
+        hub.add_repo("dataset", "reader/plain", files)
+        done = start(hub, home, "-c", SUBSET, json.dumps(["reader/tars", False, rules]))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)[0] == ["cat", "owl"] and json.loads(done.stdout)[2:] == [16, 4]
+        code = "import os, sys\nos.environ['HF_HUB_OFFLINE'] = sys.argv[2]\n" + SUBSET
+        asked = json.dumps(["reader/plain", False, [{"per_class": 2}]])
+        for offline in "01":  # the second time it is known that there are no names
+            done = start(hub, home, "-c", code, asked, offline)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)[0] == ["0", "1", "2"]
+        for marker in home.rglob(".no_exist"):
+            shutil.rmtree(marker)
+        done = start(hub, home, "-c", code, asked, "1")
+    assert "--dataset_name reader/plain: the Hub cannot be reached for classes.txt" in done.stderr

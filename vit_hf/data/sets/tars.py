@@ -8,7 +8,7 @@ import os
 
 import datasets
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from vit_hf.data.sets.names import GENERATED_SETS, resolve_name
 from vit_hf.errors import UserError
@@ -20,7 +20,7 @@ def tar_class_names(dataset: datasets.Dataset, name: str, revision: str | None) 
     """The class names of a set of tar shards, from the file beside them; None for another set, and without the file.
 
     Raises:
-        UserError: a line is empty, or a class comes twice.
+        UserError: a line is empty, or a class comes twice; the Hub cannot be asked for the file.
     """
     if name in GENERATED_SETS or not {"__key__", "__url__"} <= set(dataset.column_names):
         return None
@@ -28,8 +28,16 @@ def tar_class_names(dataset: datasets.Dataset, name: str, revision: str | None) 
     for file in CLASS_FILES:
         local = os.path.join(path, file)
         if not is_folder:
+            where = {"repo_type": "dataset", "revision": revision}
             try:
-                local = huggingface_hub.hf_hub_download(path, file, repo_type="dataset", revision=revision)
+                local = huggingface_hub.hf_hub_download(path, file, **where)
+            except LocalEntryNotFoundError:  # no connection: was it asked for before?
+                if huggingface_hub.try_to_load_from_cache(path, file, **where) is None:
+                    raise UserError(
+                        f"--dataset_name {name}: the Hub cannot be reached for {file}, which may name the classes; load "
+                        "the set once with a connection"
+                    ) from None
+                continue
             except EntryNotFoundError:
                 continue
         if os.path.isfile(local):
