@@ -211,7 +211,7 @@ def test_card_and_checksums_and_no_path_of_this_machine(mixed):
 
 def test_a_subset_and_a_held_out_tenth_are_copied_as_they_were_chosen(tmp_path):
     folder = image_folder(tmp_path / "set", train={"a": many(20), "b": many(10, 20)})
-    loading = {"subset": SubsetRule(fraction=0.5, seed=3), "seed": 7}
+    loading = {"subset": SubsetRule(fraction=0.5, seed=3), "split_seed": 7}
     chosen = load_image_splits(folder, **loading)
     result = copy(folder, tmp_path / "copy", loading=loading, source={"revision": "v2"})
     assert (result["train"]["rows"], result["test"]["rows"]) == (14, 3)  # half of 27, and a tenth
@@ -220,10 +220,12 @@ def test_a_subset_and_a_held_out_tenth_are_copied_as_they_were_chosen(tmp_path):
         assert [(row["image"]["path"], row["label"]) for row in rows_of(tmp_path / "copy", split)] == names
     content = json.loads((tmp_path / "copy/prepare.json").read_text())
     assert content["source"] == {"dataset_name": "./set", "revision": "v2", "subset": chosen.subset}
-    assert content["splits"]["test"]["source"] == "train (10% held out, seed 7)"
+    assert content["splits"]["test"]["source"] == "train (10% held out, split seed 7)"
     card = (tmp_path / "copy/README.md").read_text()
     assert chosen.subset["subset_hash"] in card and "- revision: `v2`\n" in card
-    assert "source.subset.rule.fraction 0.5 then, None now" in refusal(folder, tmp_path / "copy", loading={"seed": 7})
+    assert "source.subset.rule.fraction 0.5 then, None now" in refusal(
+        folder, tmp_path / "copy", loading={"split_seed": 7}
+    )
 
 
 def test_splits_of_other_names_become_train_and_test(tmp_path):

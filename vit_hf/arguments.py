@@ -54,6 +54,9 @@ class DatasetArguments:
     label_column_name: str | None = flag(None, "label column (default: found by its type)")
     eval_split: str | None = flag(None, "split to evaluate on (default: test, or validation where test has no labels)")
     max_eval_samples: int | None = flag(None, "evaluate on a seeded draw of so many images, for trials", low=1)
+    split_seed: int = flag(
+        0, "which images are held out of a set without an evaluation split, and the draws", low=0, high=2**32 - 1
+    )
     on_bad_image: Literal["raise", "skip"] = flag("raise", "an image that does not decode: stop, or leave it out")
 
 
@@ -180,7 +183,7 @@ class EvaluateArguments(DatasetArguments, LoadingArguments):
     revision: str | None = flag(None, "branch, tag or commit of the Hub model")
     trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
     output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
-    seed: int | None = flag(
+    split_seed: int | None = flag(
         None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
     )
     ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1)
@@ -213,7 +216,6 @@ class PrepareArguments(DatasetArguments, SubsetArguments):
     shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
     jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
     num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
-    seed: int = flag(0, "which images are held out of a set without an evaluation split, and the draws", low=0)
 
 
 @dataclass

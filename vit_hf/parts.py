@@ -100,7 +100,7 @@ def splits_loader(args: Any) -> Callable[..., ImageSplits]:
         seed=args.subset_seed,
     )
     names = ("dataset_config_name", "image_column_name", "label_column_name", "train_split", "eval_split")
-    names += ("max_train_samples", "max_eval_samples", "seed")
+    names += ("max_train_samples", "max_eval_samples", "split_seed")
     flags = {name: getattr(args, name) for name in names}
     return functools.partial(load_image_splits, args.dataset_name, subset=subset, **flags)
 

@@ -47,7 +47,14 @@ def prepare(argv: list[str]) -> None:
     splits = splits_loader(args)(revision=args.revision)
     for note in splits.notes:
         print(f"note: {note}")
-    decides = ("dataset_name", "dataset_config_name", "revision", "max_train_samples", "max_eval_samples", "seed")
+    decides = (
+        "dataset_name",
+        "dataset_config_name",
+        "revision",
+        "max_train_samples",
+        "max_eval_samples",
+        "split_seed",
+    )
     try:
         written = prepare_copy(
             splits,

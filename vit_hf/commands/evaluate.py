@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         label_column_name=args.label_column_name,
         eval_split=args.eval_split,
         max_eval_samples=args.max_eval_samples,
-        seed=trained_seed(args) if args.seed is None else args.seed,
+        split_seed=trained_split_seed(args.model) if args.split_seed is None else args.split_seed,
         need_train=False,
         streaming=args.streaming,
     )
@@ -70,11 +70,11 @@ def main(argv: list[str]) -> None:
     end(accelerator)
 
 
-def trained_seed(args: EvaluateArguments) -> int:
-    """The seed of the run that made a local model: it decides which images were held out of a set that has no
+def trained_split_seed(model: str) -> int:
+    """The --split_seed of the run that made a local model: it decides which images were held out of a set that has no
     evaluation split of its own."""
     try:
-        return int(yaml.safe_load((Path(args.model) / "run_config.yaml").read_text())["seed"])
+        return int(yaml.safe_load((Path(model) / "run_config.yaml").read_text())["split_seed"])
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         return 0
 

@@ -112,7 +112,7 @@ def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
 def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
     """Images of the evaluation split, and where they are from. Raises UserError where none decodes."""
     from vit_hf.analysis.gallery import sample_images
-    from vit_hf.commands.evaluate import trained_seed
+    from vit_hf.commands.evaluate import trained_split_seed
     from vit_hf.data.rows.table import TableRows
     from vit_hf.data.sets.load import load_image_splits
 
@@ -122,7 +122,7 @@ def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
         image_column_name=args.image_column_name,
         label_column_name=args.label_column_name,
         eval_split=args.eval_split,
-        seed=trained_seed(args),
+        split_seed=trained_split_seed(args.model),
         need_train=False,
     )
     images = sample_images(TableRows(splits.eval), preprocessing, args.num_images)
