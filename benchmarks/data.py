@@ -43,7 +43,7 @@ import transformers
 from PIL import Image, ImageEnhance, ImageOps
 from reports import environment, read_report
 
-from vit_hf.arguments import Parser
+from vit_hf.arguments import Parser, RandomCrop
 from vit_hf.data.augment.pipeline import Augment
 from vit_hf.data.augment.policies import rand_augment
 from vit_hf.data.batches import ImageBatches
@@ -244,7 +244,7 @@ def small(folder: Path, device: torch.device) -> dict[str, Turn]:
     dataset = image_set(folder / "png", 10_000, "png")
     rows = TableRows(dataset.cast_column("image", datasets.Image(decode=False)))
     batches = ImageBatches(rows, Preprocessing((32, 32)), decoded(rows, Preprocessing((32, 32)), str(folder)))
-    augment = augmentation(device, crop=("padding", 4), policies=[rand_augment])
+    augment = augmentation(device, crop=RandomCrop("padding", 4), policies=[rand_augment])
     peer = peer_loader(dataset, small_transform, 256, CORES)
     ways = {
         "Pillow, each sample": lambda: turn(peer, 256, 12, spare=4 * CORES),
@@ -275,7 +275,7 @@ def large(folder: Path, device: torch.device) -> dict[str, Turn]:
 
     def ours(dataset: datasets.Dataset, finish: Callable[[Any], Any] = lambda batch: augment(batch, 0, 0, 0)) -> Turn:
         rows = TableRows(dataset.cast_column("image", datasets.Image(decode=False)))
-        batches = ImageBatches(rows, Preprocessing((224, 224)), crop_scale=0.08)
+        batches = ImageBatches(rows, Preprocessing((224, 224)), crop=RandomCrop("scale", 0.08))
         return functools.partial(turn, map(finish, our_batches(batches, 32, cpu)), 32, 8, spare=1)
 
     peer = peer_loader(dataset, large_transform, 32, 0)
@@ -330,7 +330,7 @@ def training(folder: Path, device: torch.device) -> dict[str, Turn]:
     batches = ImageBatches(rows, Preprocessing((32, 32)), decoded(rows, Preprocessing((32, 32)), str(folder)))
     batches.place_on_device(device)
     accelerator = accelerate.Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
-    augment = augmentation(device, crop=("padding", 4), policies=[rand_augment], mixup_alpha=0.2)
+    augment = augmentation(device, crop=RandomCrop("padding", 4), policies=[rand_augment], mixup_alpha=0.2)
 
     def new_state() -> TrainState:
         torch.manual_seed(0)

@@ -5,6 +5,7 @@ import pytest
 
 from tests.runs import ROOT
 from vit_hf.arguments import (
+    RandomCrop,
     RunArguments,
     check,
     identity,
@@ -69,14 +70,24 @@ def test_identity_is_model_data_optimisation_and_seed():
 
 
 @pytest.mark.parametrize(
-    ("text", "parsed"), [("none", ("none", 0)), ("padding=4", ("padding", 4)), ("scale=0.08", ("scale", 0.08))]
+    ("text", "parsed"),
+    [
+        ("none", RandomCrop()),
+        ("padding=4", RandomCrop("padding", 4)),
+        ("scale=0.08", RandomCrop("scale", 0.08, "torchvision")),
+        ("scale=0.08,rule=torchvision", RandomCrop("scale", 0.08, "torchvision")),
+        ("scale=0.05,rule=tensorflow", RandomCrop("scale", 0.05, "tensorflow")),
+        ("simple", RandomCrop("simple", 4)),
+    ],
 )
 def test_random_crop(text, parsed):
     assert parse_random_crop(text) == parsed
 
 
 @pytest.mark.parametrize(
-    "text", ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""]
+    "text",
+    ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""]
+    + ["scale=0.1,rule=timm", "scale=0.1,0.2", "padding=4,rule=tensorflow", "simple=4", "rule=tensorflow"],
 )
 def test_random_crop_refuses(text):
     with pytest.raises(ArgumentError, match="--random_crop"):

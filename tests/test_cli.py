@@ -180,7 +180,7 @@ def test_data_show_draws_originals_and_what_becomes_of_them(tmp_path, capsys):
 
 def test_what_data_show_draws_is_what_training_sees():
     """The augmented pictures are those of the training batches of the same samples and epochs."""
-    from vit_hf.arguments import ShowArguments
+    from vit_hf.arguments import RandomCrop, ShowArguments
     from vit_hf.commands.data import show_augmentation
     from vit_hf.data.augment.pipeline import Augment
     from vit_hf.data.augment.policies import trivial_augment
@@ -194,7 +194,7 @@ def test_what_data_show_draws_is_what_training_sees():
     assert labels == splits.train[index]["label"]
     assert (targets.argmax(2) == [[label] * 5 for label in labels]).all()
     augment = Augment(
-        seed=3, num_classes=10, mean=[0.0] * 3, std=[1.0] * 3, device=torch.device("cpu"), crop=("padding", 4),
+        seed=3, num_classes=10, mean=[0.0] * 3, std=[1.0] * 3, device=torch.device("cpu"), crop=RandomCrop("padding", 4),
         policies=[trivial_augment],
     )  # fmt: skip
     batch = {"pixel_values": torch.from_numpy(originals).permute(0, 3, 1, 2), "labels": torch.tensor(labels)}

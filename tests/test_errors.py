@@ -62,7 +62,7 @@ def fails(tmp_path, capsys):
         (r"--image_std: '0' is not", dict(image_std="0")),
         (r"--image_std: 'nan' is not", dict(image_std="nan")),
         (r"--num_train_epochs: 'inf' is not a number", dict(num_train_epochs="inf", max_steps=None)),
-        (r"--random_crop: padding=32 is not below the image's side of 32 pixels", dict(random_crop="padding=32")),
+        (r"--random_crop: a padding of 32 is not below the image's side of 32 pixels", dict(random_crop="padding=32")),
         (r"--seed: 99999999999 is out of range, allowed is from 0 to 4294967295", dict(seed=99999999999)),
         (r"--adam_beta1: 1.0 would never", dict(adam_beta1=1)),
         (r"num_channels is 1, .* allowed is 3", dict(config_overrides="num_channels=1")),

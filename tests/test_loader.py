@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.runs import python
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
 from vit_hf.data.decode import open_image, to_pixels
@@ -189,12 +190,12 @@ def test_class_index_renumbers_labels(batches_of):
 
 
 def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone(batches_of):
-    batches = batches_of(image_set(), seed=1, crop_scale=0.2)
+    batches = batches_of(image_set(), seed=1, crop=RandomCrop("scale", 0.2))
     together = batches[places_of(4, 5, 6)]["pixel_values"]
     for place, row in enumerate((4, 5, 6)):
         assert torch.equal(batches[places_of(row)]["pixel_values"][0], together[place])
     assert not torch.equal(batches[places_of(4, 5, 6, visit=3)]["pixel_values"], together)
-    other = batches_of(image_set(), seed=2, crop_scale=0.2)
+    other = batches_of(image_set(), seed=2, crop=RandomCrop("scale", 0.2))
     assert not torch.equal(other[places_of(4, 5, 6)]["pixel_values"], together)
     whole = batches_of(image_set())
     assert not torch.equal(whole[places_of(4, 5, 6)]["pixel_values"], together)
@@ -206,7 +207,7 @@ def moved(batches, places, workers=0, faults=None):
 
 def test_workers_give_the_same_batches_in_the_same_order(batches_of):
     """Decoded row by row, with crops; and the tensors are as the loop wants them."""
-    batches = batches_of(image_set(30), seed=3, crop_scale=0.2)
+    batches = batches_of(image_set(30), seed=3, crop=RandomCrop("scale", 0.2))
     alone, shared = (moved(batches, train_places(2, 1, 3, total_steps=3), workers) for workers in (0, 2))
     assert len(alone) == len(shared) == 6
     for first, second, places in zip(alone, shared, train_places(2, 1, 3, total_steps=3)):
@@ -222,7 +223,7 @@ def test_default_generator_is_left_alone(workers, batches_of):
     """Dropout draws from it; a loader that did too would change a run with the number of workers."""
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    batches = batches_of(image_set(30), crop_scale=0.2, training=True)
+    batches = batches_of(image_set(30), crop=RandomCrop("scale", 0.2), training=True)
     moved(batches, train_places(1, 0, 12, total_steps=2), workers)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -33,7 +33,7 @@ def names_of(program):
 def test_torchvisions_op_set():
     program = rand_augment(keys_of(20_000), SIZE)
     names, values = names_of(program), program.value
-    assert names.shape == (20_000, 2) and set(names.ravel()) == set(OP_SETS["torchvision"][0])
+    assert names.shape == (20_000, 2) and set(names.ravel()) == set(OP_SETS["torchvision"].ranges)
     for name, expected in AT_9.items():
         found = values[names == name]
         if name in SIGNED:
@@ -48,7 +48,7 @@ def test_torchvisions_op_set():
 def test_big_visions_op_set():
     program = rand_augment(keys_of(20_000), SIZE, magnitude=10, ops="big_vision")
     names, values = names_of(program), program.value
-    assert set(names.ravel()) == set(OP_SETS["big_vision"][0]) and len(set(names.ravel())) == 16
+    assert set(names.ravel()) == set(OP_SETS["big_vision"].ranges) and len(set(names.ravel())) == 16
     for name, expected in AT_10.items():
         np.testing.assert_allclose(abs(values[names == name]), expected, rtol=1e-6, err_msg=name)
 
@@ -56,12 +56,14 @@ def test_big_visions_op_set():
 @pytest.mark.parametrize("ops", OP_SETS)
 def test_operations_of_each_layer_are_drawn_evenly_and_independently(ops):
     names = names_of(rand_augment(keys_of(32_000), SIZE, num_ops=3, magnitude=5, ops=ops))
-    count = len(OP_SETS[ops][0])
+    count = len(OP_SETS[ops].ranges)
     for layer in range(3):
-        _, found = np.unique(names[:, layer], return_counts=True)
-        assert len(found) == count and abs(found / 32_000 * count - 1).max() < 0.12
-    pairs = np.unique(names[:, 0] + names[:, 1], return_counts=True)[1]
-    assert len(pairs) == count**2 and pairs.max() < 2 * 32_000 / count**2
+        done = names[:, layer][names[:, layer] != "identity"] if ops == "timm" else names[:, layer]
+        _, found = np.unique(done, return_counts=True)
+        assert len(found) == count and abs(found / len(done) * count - 1).max() < 0.12
+    if ops != "timm":
+        pairs = np.unique(names[:, 0] + names[:, 1], return_counts=True)[1]
+        assert len(pairs) == count**2 and pairs.max() < 2 * 32_000 / count**2
 
 
 def test_torchvisions_set_at_magnitude_zero_is_the_identity():

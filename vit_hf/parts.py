@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from vit_hf.arguments import (
+    RandomCrop,
     RunArguments,
     parse_channels,
     parse_num_workers,
@@ -22,6 +23,7 @@ from vit_hf.arguments import (
     parse_random_crop,
     trackers,
 )
+from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
 from vit_hf.data.faults import Faults
@@ -118,10 +120,10 @@ def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: 
     size; all others: a resize of both sides."""
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    kind, amount = parse_random_crop(args.random_crop)
-    if kind == "padding" and amount >= min(height, width):
+    crop = parse_random_crop(args.random_crop)
+    if crop.kind in ("padding", "simple") and crop.amount >= min(height, width):
         raise ArgumentError(
-            f"--random_crop: padding={amount:g} is not below the image's side of {min(height, width)} pixels"
+            f"--random_crop: a padding of {crop.amount:g} is not below the image's side of {min(height, width)} pixels"
         )
     centre_crop = named_source(args.dataset_name) == HUB_SETS["imagenet-1k"]
     return Preprocessing(
@@ -179,8 +181,7 @@ def make_train_batches(
     accelerator: accelerate.Accelerator,
     faults: Faults,
 ) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
-    """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
-    kind, amount = parse_random_crop(args.random_crop)
+    """The micro-batches of this process from `first_step` on, and whether the crop is left to the device."""
     batches, crops_on_device = train_batches(
         split,
         preprocessing,
@@ -196,7 +197,7 @@ def make_train_batches(
         accelerator.device,
         loading_settings(args),
         faults,
-        crop_scale=amount if kind == "scale" else None,
+        crop=parse_random_crop(args.random_crop),
         say=accelerator.print,
     )
     return iter(batches), crops_on_device
@@ -208,17 +209,19 @@ def make_augment(
     num_classes: int,
     device: torch.device,
     crops_on_device: bool,
+    first_step_of: Callable[[int], int],
 ) -> Augment:
-    """The device side of the training transforms."""
+    """The device side of the training transforms; `first_step_of` an epoch is where mixing may end."""
     crop = parse_random_crop(args.random_crop)
     randaugment = parse_randaugment(args.randaugment)
+    fill = OP_SETS[randaugment["ops"]].fill if randaugment else 0
     return Augment(
         seed=args.seed,
         num_classes=num_classes,
         mean=preprocessing.image_mean,
         std=preprocessing.image_std,
         device=device,
-        crop=crop if crop[0] != "scale" or crops_on_device else ("none", 0.0),
+        crop=crop if crops_on_device or not crop.while_decoding else RandomCrop(),
         flip=args.random_flip,
         policies=make_policies(
             randaugment=randaugment,
@@ -226,11 +229,17 @@ def make_augment(
             three=args.three_augment,
             jitter=args.color_jitter,
         ),
-        fill=OP_SETS[randaugment["ops"]][2] if randaugment else 0,
+        fill=tuple(round(255 * mean) for mean in preprocessing.image_mean) if fill is None else fill,
         erasing=args.random_erasing,
-        mixup_alpha=args.mixup_alpha,
-        cutmix_alpha=args.cutmix_alpha,
-        mixup_mode=args.mixup_mode,
+        erasing_mode=args.random_erasing_mode,
+        mixing=Mixing(
+            mixup_alpha=args.mixup_alpha,
+            cutmix_alpha=args.cutmix_alpha,
+            mode=args.mixup_mode,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            off_step=first_step_of(args.mixup_off_epoch) if args.mixup_off_epoch else None,
+        ),
         label_smoothing=args.label_smoothing_factor,
     )
 

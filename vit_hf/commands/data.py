@@ -146,22 +146,24 @@ def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits
     from vit_hf.parts import loading_settings, make_augment, make_preprocessing
 
     config = types.SimpleNamespace(image_size=size)
-    preprocessing = make_preprocessing(args, config, [0.0] * 3, [1.0] * 3)
-    preprocessing = dataclasses.replace(preprocessing, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
-    kind, amount = parse_random_crop(args.random_crop)
+    preprocessing = make_preprocessing(args, config, [0.5] * 3, [0.5] * 3)
+    crop = parse_random_crop(args.random_crop)
     device = torch.device("cpu")
-    crops = kind == "scale"
+    crops = crop.while_decoding
     rows = splits.train
     if isinstance(rows, datasets.Dataset):
-        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crops=True)
+        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crop)
     elif isinstance(rows, ParquetRows):
         rows.held_rows = len(rows)  # the few that are shown are read once
     settings = dataclasses.replace(loading_settings(args), keep_on_device=False)
     make = functools.partial(
         open_batches, rows, preprocessing, device, settings, seed=args.seed, training=True, keep=False
     )
-    batches, plain = make(crop_scale=amount if crops else None), make()
-    augment = make_augment(args, preprocessing, len(splits.class_names), device, crops_on_device=not crops)
+    batches, plain = make(crop=crop) if crops else make(), make()
+    augment = make_augment(  # the steps are counted in epochs: one of each is shown
+        args, preprocessing, len(splits.class_names), device, not crops, first_step_of=lambda epoch: epoch
+    )
+    mean, std = (numbers[:, None, None] for numbers in (augment.mean, augment.std))
     index = epoch_order(args.seed, 0, len(batches))[:images]
 
     def take(source: ImageBatches, visit: int) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits
         batch = take(batches, visit)
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
         pixel_values, target = augment(batch, step=visit, micro_step=0, rank=0)
-        augmented.append((pixel_values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+        augmented.append(((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
         targets.append(target)
     return (
         first["pixel_values"].numpy(),

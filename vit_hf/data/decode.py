@@ -68,6 +68,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _resize(image: Image.Image, sides: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+    """Resizes to (width, height), unless that would be absurdly large."""
+    if sides[0] * sides[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(
+            f"a shape of {image.width} x {image.height}, resized to {sides[0]} x {sides[1]}"
+        )
+    return image.resize(sides, preprocessing.resample)
+
+
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resizes (and centre-crops) as the image processor does: uint8 (H, W, 3)."""
     height, width = preprocessing.image_size
@@ -78,11 +87,7 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
         short, long = sorted(image.size)
         sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
         sides = sides if image.width <= image.height else sides[::-1]
-    if sides[0] * sides[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise Image.DecompressionBombError(
-            f"a shape of {image.width} x {image.height}, resized to {sides[0]} x {sides[1]}"
-        )
-    image = image.resize(sides, preprocessing.resample)
+    image = _resize(image, sides, preprocessing)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
@@ -124,21 +129,52 @@ def crop_to_pixels(
     return resized[0].permute(1, 2, 0).numpy()
 
 
+def simple_crop_to_pixels(
+    value: dict[str, Any], place: np.ndarray, padding: int, preprocessing: Preprocessing
+) -> np.ndarray:
+    """Resizes an undecoded row so that it just covers the input, mirrors `padding` pixels at each border, and cuts
+    anywhere: uint8 (H, W, 3).
+
+    Args:
+        place: top and left in [0, 1), as shares of the places that there are.
+
+    Source: the simple random crop of DeiT III (arXiv 2204.07118, section 3), as facebookresearch/deit, augment.py has
+    it.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
+    height, width = preprocessing.image_size
+    image = open_image(value)
+    covers = (width, max(height, int(width * image.height / image.width)))
+    if image.width * height > width * image.height:  # wider than the input
+        covers = (max(width, int(height * image.width / image.height)), height)
+    resized = np.asarray(_resize(image, covers, preprocessing))
+    padded = np.pad(resized, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+    spare = np.array([padded.shape[0] - height + 1, padded.shape[1] - width + 1])
+    top, left = (place * spare).astype(int)
+    return padded[top : top + height, left : left + width]
+
+
 def decode_row(
     value: Any,
     preprocessing: Preprocessing,
     box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]] | None = None,
+    place: np.ndarray | None = None,
+    padding: int = 0,
 ) -> np.ndarray | str:
     """The pixels of a row, uint8 (H, W, 3), or why there are none.
 
     Args:
         value: an undecoded row, or pixels, uint8 (H, W, 3), of a set that is rendered and not stored.
-        box_of: as for `crop_to_pixels`; None takes the whole image.
+        box_of: as for `crop_to_pixels`. place, padding: as for `simple_crop_to_pixels`. None takes the whole image.
     """
     try:
-        if box_of is None:
-            return to_pixels(open_image(value), preprocessing)
-        return crop_to_pixels(value, box_of, preprocessing)
+        if box_of is not None:
+            return crop_to_pixels(value, box_of, preprocessing)
+        if place is not None:
+            return simple_crop_to_pixels(value, place, padding, preprocessing)
+        return to_pixels(open_image(value), preprocessing)
     except DECODE_ERRORS as error:
         name = f"file {value['path']}, " if value.get("path") else ""
         reason = re.sub(r" ?<_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
