@@ -162,6 +162,11 @@ def test_help_is_complete_and_wrong_flags_exit_with_2():
         ("num_ops=2,magnitude=9", {"num_ops": 2, "magnitude": 9.0, "ops": "torchvision"}),
         ("magnitude=10,ops=big_vision", {"num_ops": 2, "magnitude": 10.0, "ops": "big_vision"}),
         ("num_ops=1, magnitude=7.5", {"num_ops": 1, "magnitude": 7.5, "ops": "torchvision"}),
+        (
+            "num_ops=2,magnitude=9,magnitude_std=0.5,increasing=true",
+            {"num_ops": 2, "magnitude": 9.0, "ops": "timm", "magnitude_std": 0.5},
+        ),
+        ("increasing=true", {"num_ops": 2, "magnitude": 9.0, "ops": "timm", "magnitude_std": 0.0}),
     ],
 )
 def test_randaugment_is_read(text, found):
@@ -169,7 +174,10 @@ def test_randaugment_is_read(text, found):
 
 
 @pytest.mark.parametrize(
-    "text", ["9", "num_ops=0", "num_ops=9", "magnitude=31", "magnitude=-1", "magnitude=11,ops=big_vision", "ops=timm", "n=2", "num_ops=two", ""]
+    "text",
+    ["9", "num_ops=0", "num_ops=9", "magnitude=31", "magnitude=-1", "magnitude=11,ops=big_vision", "ops=timm", "n=2", "num_ops=two", ""]
+    + ["magnitude_std=0.5", "increasing=false", "increasing=true,magnitude=11", "increasing=true,magnitude_std=-1"]
+    + ["increasing=true,ops=big_vision", "increasing=true,magnitude_std=nan"],
 )  # fmt: skip
 def test_randaugment_out_of_range_is_refused(text):
     with pytest.raises(ArgumentError, match="--randaugment: .* is not none or e.g."):

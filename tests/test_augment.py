@@ -5,19 +5,21 @@ import functools
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from torch.nn.functional import one_hot
 
-from vit_hf.arguments import RandomCrop
+from vit_hf.arguments import RandomCrop, RunArguments
 from vit_hf.data import randomness
 from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
-from vit_hf.data.augment.erasing import random_erasing
+from vit_hf.data.augment.erasing import erasing_boxes, random_erasing
 from vit_hf.data.augment.mixing import Mixing, mix
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import color_jitter, rand_augment, trivial_augment
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.randomness import sample_keys, uniform
+from vit_hf.parts import make_augment
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
@@ -138,6 +140,30 @@ def test_erasing_fills_one_box_of_the_stated_share_with_noise():
     assert torch.equal(random_erasing(pixels, keys_of(1500), 0.0), pixels)
 
 
+@pytest.mark.parametrize("mode", ["pixel", "const"])
+def test_erasing_after_normalisation_fills_the_same_boxes(mode):
+    """timm's modes: zeros, the mean colour, or normal noise of each value; by the key alone."""
+    batch = {**batch_of(np.arange(64)), "pixel_values": torch.full((64, 3, 40, 50), 255, dtype=torch.uint8)}
+    plain, _ = make()(batch, 0, 0, 0)
+    before, _ = make(erasing=0.5)(batch, 0, 0, 0)
+    found, _ = make(erasing=0.5, erasing_mode=mode)(batch, 0, 0, 0)
+    inside = (found != plain).any(1)
+    rows, start, end = erasing_boxes(keys_of(64, seed=7, epoch=3), (40, 50), 0.5)
+    expected = torch.zeros(64, 40, 50, dtype=torch.bool)
+    for row, (top, left), (bottom, right) in zip(rows, start.astype(int), end.astype(int)):
+        expected[row, top:bottom, left:right] = True
+    assert torch.equal(inside, expected) and not (before != plain).any(1)[~expected].any()
+    filled = found.permute(0, 2, 3, 1)[expected]
+    if mode == "const":
+        assert (filled == 0).all()
+    else:
+        assert scipy.stats.kstest(filled.flatten().numpy(), "norm").statistic < 1.95 / filled.numel() ** 0.5
+        assert abs(np.corrcoef(filled.T.numpy()) - np.eye(3)).max() < 5 / len(filled) ** 0.5
+    turned = torch.arange(63, -1, -1)
+    backwards = {name: value[turned] for name, value in batch.items()}
+    assert torch.equal(make(erasing=0.5, erasing_mode=mode)(backwards, 9, 1, 3)[0], found[turned])
+
+
 def test_normalised_values_are_the_image_processors():
     pixels = pixels_of(4)
     processor = Preprocessing((12, 10), image_mean=tuple(MEAN), image_std=tuple(STD)).image_processor()
@@ -167,6 +193,10 @@ POLICIES = {
     "none": {},
     "RandAugment": {"policies": [rand_augment]},
     "the other op set": {"policies": [functools.partial(rand_augment, magnitude=10, ops="big_vision")], "fill": 128},
+    "timm": {
+        "policies": [functools.partial(rand_augment, ops="timm", magnitude_std=0.5)], "fill": (9, 99, 199),
+        "erasing": 0.5, "erasing_mode": "pixel",
+    },
     "TrivialAugment, jitter, erasing": {
         "policies": [trivial_augment, functools.partial(color_jitter, strength=0.4)], "erasing": 0.5,
     },
@@ -271,6 +301,62 @@ def test_both_on_draws_each_half_of_the_time():
         partner = pixel_values.flip(0)
         cut += bool(((mixed == pixel_values) | (mixed == partner)).all())  # cutmix only moves values
     assert 70 <= cut <= 130
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_some_draws_mix_nothing(mode):
+    """With probability 1 - prob the sample and its target stay as they are, of mixup and of cutmix alike."""
+    pixel_values, targets = inputs(batch=64)
+    targets = torch.eye(64)
+    for alphas in ((1.0, 0.0), (0.0, 1.0)):
+        still = []
+        for seed in range(8 if mode == "elem" else 300):
+            mixing = Mixing(*alphas, mode=mode, prob=0.7)
+            mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(seed), mixing)
+            own = mixed_targets.diagonal() == 1
+            assert torch.equal(mixed[own], pixel_values[own])
+            still += own.tolist() if mode == "elem" else [own.all().item()]
+        # a cutmix box that leaves no pixel changes nothing either
+        assert abs(np.mean(still) - 0.3) < 0.075 + (0.03 if alphas[1] else 0)
+    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(0), Mixing(1.0, 1.0, mode, prob=0.0))
+    assert torch.equal(mixed, pixel_values) and torch.equal(mixed_targets, targets)
+
+
+@pytest.mark.parametrize(("switch_prob", "low", "high"), [(0.0, 0, 0), (0.2, 40, 80), (1.0, 300, 300)])
+def test_cutmix_is_chosen_with_the_stated_probability(switch_prob, low, high):
+    pixel_values, targets = inputs()
+    cut = 0
+    for seed in range(300):
+        mixing = Mixing(1.0, 1.0, switch_prob=switch_prob)
+        mixed, _ = mix(pixel_values, targets, np.random.default_rng(seed), mixing)
+        cut += bool(((mixed == pixel_values) | (mixed == pixel_values.flip(0))).all())
+    assert low <= cut <= high
+
+
+def test_mixing_ends_at_its_step():
+    batch = batch_of(np.arange(6))
+    plain, plain_targets = make()(batch, 0, 0, 0)
+    with_end, endless = make(mixing=Mixing(0.8, off_step=7)), make(mixing=Mixing(0.8))
+    assert torch.equal(with_end(batch, 6, 0, 0)[0], endless(batch, 6, 0, 0)[0])
+    assert not torch.equal(with_end(batch, 6, 0, 0)[0], plain)
+    for step in (7, 8, 10_000):
+        pixel_values, targets = with_end(batch, step, 1, 3)
+        assert torch.equal(pixel_values, plain) and torch.equal(targets, plain_targets)
+
+
+def test_the_flags_of_mixing_and_erasing_reach_the_batches():
+    """From the flags to the values, with the end of mixing as a step."""
+    args = RunArguments(
+        mixup_alpha=0.8, cutmix_alpha=1.0, mixup_mode="elem", mixup_prob=0.9, mixup_switch_prob=0.2, mixup_off_epoch=3,
+        random_erasing=0.3, random_erasing_mode="pixel", randaugment="increasing=true", random_crop="scale=0.1",
+    )  # fmt: skip
+    preprocessing = Preprocessing((32, 32), image_mean=(0.485, 0.456, 0.406))
+    augment = make_augment(args, preprocessing, 10, torch.device("cpu"), True, lambda epoch: 100 * epoch)
+    assert augment.mixing == Mixing(0.8, 1.0, "elem", prob=0.9, switch_prob=0.2, off_step=300)
+    assert (augment.erasing, augment.erasing_mode) == (0.3, "pixel") and augment.crop == RandomCrop("scale", 0.1)
+    assert augment.fill.tolist() == [124, 116, 104]
+    other = make_augment(RunArguments(random_crop="simple"), preprocessing, 10, torch.device("cpu"), False, int)
+    assert other.crop == RandomCrop() and other.mixing.off_step is None
 
 
 def test_augment_draws_the_mix_from_seed_step_micro_step_and_rank():

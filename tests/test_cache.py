@@ -139,6 +139,10 @@ def test_a_set_is_decoded_once_where_it_fits_and_loses_nothing(monkeypatch):
     monkeypatch.undo()
     assert worth_decoding(rows, Preprocessing((32, 32)), RandomCrop("scale", 0.1))
     assert not worth_decoding(rows, Preprocessing((19, 32)), RandomCrop("scale", 0.1))
+    assert not worth_decoding(rows, Preprocessing((32, 32)), RandomCrop("simple", 4))  # it keeps the images' shape
+    square = TableRows(image_set(bad={row: png(row, 16, 16) for row in range(10)}))  # in place of the others
+    assert worth_decoding(square, Preprocessing((32, 32)), RandomCrop("simple", 4))
+    assert not worth_decoding(square, Preprocessing((32, 24)), RandomCrop("simple", 4))
 
 
 @pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes", "other notes"])
