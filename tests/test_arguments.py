@@ -87,7 +87,15 @@ def test_random_crop(text, parsed):
 @pytest.mark.parametrize(
     "text",
     ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""]
-    + ["scale=0.1,rule=timm", "scale=0.1,0.2", "padding=4,rule=tensorflow", "simple=4", "rule=tensorflow"],
+    + [
+        "scale=0.1,rule=timm",
+        "scale=0.1,0.2",
+        "scale=0.1,",
+        "padding=4,",
+        "padding=4,rule=tensorflow",
+        "simple=4",
+        "rule=tensorflow",
+    ],
 )
 def test_random_crop_refuses(text):
     with pytest.raises(ArgumentError, match="--random_crop"):

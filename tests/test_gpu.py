@@ -26,8 +26,12 @@ POLICIES = {
     "none": {},
     "RandAugment": {"policies": [rand_augment], "erasing": 0.5},
     "the other op set": {"policies": [functools.partial(rand_augment, magnitude=7, ops="big_vision")], "fill": 128},
+    "timm": {
+        "policies": [functools.partial(rand_augment, ops="timm", magnitude_std=0.5)], "fill": (9, 99, 199),
+        "erasing": 0.5, "erasing_mode": "pixel",
+    },
     "3-Augment and jitter": {"policies": [three_augment, functools.partial(color_jitter, strength=0.4)]},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", POLICIES)

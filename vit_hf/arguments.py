@@ -486,15 +486,16 @@ def parse_random_crop(text: str) -> RandomCrop:
     Raises:
         ArgumentError: any other text, a padding below 1, a scale outside (0, 1].
     """
-    first, _, rest = text.partition(",")
+    first, comma, rest = text.partition(",")
     kind, _, number = first.partition("=")
-    rule = {"": "torchvision", "rule=torchvision": "torchvision", "rule=tensorflow": "tensorflow"}.get(rest.strip())
+    rules = {"": "torchvision", ",rule=torchvision": "torchvision", ",rule=tensorflow": "tensorflow"}
+    rule = rules.get(comma + rest.strip())
     try:
         if text == "none":
             return RandomCrop()
         if text == "simple":
             return RandomCrop("simple", 4.0)  # pixels of padding, as DeiT III has it
-        if kind == "padding" and int(number) >= 1 and not rest:
+        if kind == "padding" and int(number) >= 1 and not comma:
             return RandomCrop(kind, float(number))
         if kind == "scale" and 0 < float(number) <= 1 and rule is not None:
             return RandomCrop(kind, float(number), rule)

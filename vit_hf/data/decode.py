@@ -68,13 +68,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize(image: Image.Image, sides: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+def _resize(image: Image.Image, sides: tuple[int, int], resample: int) -> Image.Image:
     """Resizes to (width, height), unless that would be absurdly large."""
     if sides[0] * sides[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError(
             f"a shape of {image.width} x {image.height}, resized to {sides[0]} x {sides[1]}"
         )
-    return image.resize(sides, preprocessing.resample)
+    return image.resize(sides, resample)
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
@@ -87,7 +87,7 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
         short, long = sorted(image.size)
         sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
         sides = sides if image.width <= image.height else sides[::-1]
-    image = _resize(image, sides, preprocessing)
+    image = _resize(image, sides, preprocessing.resample)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
@@ -149,7 +149,7 @@ def simple_crop_to_pixels(
     covers = (width, max(height, int(width * image.height / image.width)))
     if image.width * height > width * image.height:  # wider than the input
         covers = (max(width, int(height * image.width / image.height)), height)
-    resized = np.asarray(_resize(image, covers, preprocessing))
+    resized = np.asarray(_resize(image, covers, preprocessing.resample))
     padded = np.pad(resized, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
     spare = np.array([padded.shape[0] - height + 1, padded.shape[1] - width + 1])
     top, left = (place * spare).astype(int)
