@@ -16,7 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from vit_hf.data.augment.pipeline import normalise
 from vit_hf.data.decode import DECODE_ERRORS, crop_to_pixels, decode_row, image_size, open_image, to_pixels
-from vit_hf.data.preprocessing import Preprocessing, processor_config, processor_normalisation
+from vit_hf.data.preprocessing import Preprocessing, own_preprocessing
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -225,11 +225,7 @@ def test_rows_without_a_file_raise_a_decode_error(value):
 @pytest.mark.parametrize("name", PREPROCESSINGS)
 def test_exported_processor_reads_back_as_it_was(tmp_path, name):
     PREPROCESSINGS[name].image_processor().save_pretrained(tmp_path)
-    config = processor_config(str(tmp_path))
-    assert Preprocessing.from_config(config, (99, 99)) == PREPROCESSINGS[name]
-    assert processor_normalisation(str(tmp_path)) == (
-        list(PREPROCESSINGS[name].image_mean), list(PREPROCESSINGS[name].image_std)
-    )  # fmt: skip
+    assert own_preprocessing(str(tmp_path), None, (99, 99)) == PREPROCESSINGS[name]
 
 
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": True, "do_resize": True}
@@ -278,9 +274,8 @@ def test_other_steps_are_refused(config):
         Preprocessing.from_config({"size": 32, **config}, (32, 32))
 
 
-def test_folder_without_a_processor_says_half(tmp_path):
-    assert processor_config(str(tmp_path)) == {}
-    assert processor_normalisation(str(tmp_path)) == ([0.5] * 3, [0.5] * 3)
+def test_folder_without_a_processor_says_nothing(tmp_path):
+    assert own_preprocessing(str(tmp_path), None, (32, 32)) is None
 
 
 def test_exported_processor_names_a_class_of_transformers(tmp_path):

@@ -87,7 +87,23 @@ class SubsetArguments:
 
 
 @dataclass
-class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
+class PreprocessingArguments:
+    """How an evaluation image becomes the model's input."""
+
+    interpolation: Literal["auto", "bilinear", "bicubic"] = flag(
+        "auto", "how images are resized; auto: as the model's image processor says, else bilinear"
+    )
+    crop_pct: float | None = flag(
+        None, "share of the resized side that is kept, e.g. 0.875; implies --eval_resize shortest", low=0.05, high=1
+    )
+    eval_resize: Literal["auto", "shortest", "square"] = flag(
+        "auto",
+        "shortest: the shorter side, then the centre is cut; square: both sides (docs/data.md says what auto is)",
+    )
+
+
+@dataclass
+class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments, PreprocessingArguments):
     """What is done to each image."""
 
     shuffle_buffer_size: int = flag(
@@ -98,6 +114,11 @@ class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
         None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"
     )
     image_std: str | None = flag(None, "standard deviation of each channel (default: 0.5, or the model's)")
+    interpolation: Literal["auto", "bilinear", "bicubic", "random"] = flag(
+        "auto",
+        "how images are resized, also random crops; auto: as the model's image processor says, else bilinear; random: each "
+        "crop draws bilinear or bicubic, evaluation is as with auto",
+    )
     random_crop: str = flag(
         "none",
         'none, padding=4 (pixels), scale=0.08 (smallest share of the area), with ",rule=tensorflow" as TensorFlow draws '
@@ -188,7 +209,7 @@ class RunArguments(ModelArguments, DataArguments, TrainArguments, HubArguments):
 
 
 @dataclass
-class EvaluateArguments(DatasetArguments, LoadingArguments):
+class EvaluateArguments(DatasetArguments, LoadingArguments, PreprocessingArguments):
     """Flags of `vit-hf evaluate`; the model is positional."""
 
     model: str = flag("", "Hub id or folder of a model")
@@ -202,7 +223,7 @@ class EvaluateArguments(DatasetArguments, LoadingArguments):
 
 
 @dataclass
-class FiguresArguments:
+class FiguresArguments(PreprocessingArguments):
     """Flags of `vit-hf figures`; the model is positional."""
 
     model: str = flag("", "Hub id or folder of a model")
@@ -449,7 +470,12 @@ def check_subset(args: SubsetArguments) -> None:
 
 def check_augmentation(args: DataArguments) -> None:
     """Raises ArgumentError for flags of the transforms that cannot be right, or exclude each other."""
-    parse_random_crop(args.random_crop)
+    crop = parse_random_crop(args.random_crop)
+    if args.interpolation == "random" and crop.kind != "scale":
+        raise ArgumentError(
+            f"--interpolation: random is for resized crops, allowed with --random_crop {args.random_crop} are auto, bilinear, "
+            "bicubic; or give --random_crop scale=0.08"
+        )
     parse_randaugment(args.randaugment)
     policies = [name for name in ("trivial_augment", "three_augment") if getattr(args, name)]
     policies += ["randaugment"] if args.randaugment != "none" else []

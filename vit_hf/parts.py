@@ -27,12 +27,12 @@ from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
 from vit_hf.data.faults import Faults
-from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
+from vit_hf.data.feed import LoadingSettings, eval_batches, image_sizes, train_batches
 from vit_hf.data.order import StepPlan
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.sets.load import load_image_splits
-from vit_hf.data.sets.names import HUB_SETS, ImageSplits, named_source
+from vit_hf.data.sets.names import ImageSplits
 from vit_hf.data.sets.subset import SubsetRule, parse_subset_classes
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
@@ -93,6 +93,21 @@ def main_process_first(accelerator: accelerate.Accelerator, function: Callable[[
     return result if accelerator.is_main_process else function()
 
 
+def image_sizes_of(split: datasets.Dataset | Rows, accelerator: accelerate.Accelerator) -> list[tuple[int, int]]:
+    """(height, width) of some images, the same on all processes: the main process looks; a user's error there ends all
+    alike."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = image_sizes(split)
+        except UserError as error:
+            outcome[1] = error.with_traceback(None)
+    sizes, error = accelerate.utils.broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return sizes
+
+
 def splits_loader(args: Any) -> Callable[..., ImageSplits]:
     """`load_image_splits` with the flags of a set and its subset."""
     subset = SubsetRule(
@@ -115,22 +130,32 @@ def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> Imag
     return splits
 
 
-def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: list[float]) -> Preprocessing:
-    """How an image becomes the model's input. ImageNet: the centre of an image whose shorter side is 256/224 of the
-    size; all others: a resize of both sides."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    crop = parse_random_crop(args.random_crop)
+def make_preprocessing(
+    args: Any,
+    image_size: int | list[int],
+    own: Preprocessing | None,
+    sizes_of_images: Callable[[], list[tuple[int, int]]],
+) -> Preprocessing:
+    """How an image becomes the model's input: `choose_preprocessing` with the flags.
+
+    Args:
+        image_size: the model's.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    crop = parse_random_crop(getattr(args, "random_crop", "none"))
     if crop.kind in ("padding", "simple") and crop.amount >= min(height, width):
         raise ArgumentError(
             f"--random_crop: a padding of {crop.amount:g} is not below the image's side of {min(height, width)} pixels"
         )
-    centre_crop = named_source(args.dataset_name) == HUB_SETS["imagenet-1k"]
-    return Preprocessing(
-        image_size=(height, width),
-        shortest_edge=round(min(height, width) * 256 / 224) if centre_crop else None,
-        image_mean=tuple(parse_channels("image_mean", args.image_mean) or mean),
-        image_std=tuple(parse_channels("image_std", args.image_std) or std),
+    return choose_preprocessing(
+        (height, width),
+        own,
+        sizes_of_images,
+        interpolation=args.interpolation,
+        crop_pct=args.crop_pct,
+        eval_resize=args.eval_resize,
+        image_mean=parse_channels("image_mean", getattr(args, "image_mean", None)),
+        image_std=parse_channels("image_std", getattr(args, "image_std", None)),
     )
 
 
@@ -222,6 +247,7 @@ def make_augment(
         std=preprocessing.image_std,
         device=device,
         crop=crop if crops_on_device or not crop.while_decoding else RandomCrop(),
+        bicubic_crops=preprocessing.bicubic_crops,
         flip=args.random_flip,
         policies=make_policies(
             randaugment=randaugment,

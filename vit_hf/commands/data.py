@@ -94,8 +94,9 @@ def show(argv: list[str]) -> None:
 
     with model_errors(args):
         size = parse_image_size(args.image_size) or model_image_size(args)
+        own = model_preprocessing(args, size)
     splits = splits_loader(args)(streaming=args.streaming)
-    originals, augmented, labels, targets = show_augmentation(args, splits, size)
+    originals, augmented, labels, targets = show_augmentation(args, splits, size, own)
 
     def named(target: np.ndarray) -> str:
         parts = [(target[k], splits.class_names[k]) for k in np.argsort(-target)[:2] if target[k] > 0.005]
@@ -123,15 +124,27 @@ def model_image_size(args: ShowArguments) -> Any:
     return 224
 
 
-def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits: int = 5) -> tuple:
+def model_preprocessing(args: ShowArguments, size: Any) -> Any:
+    """What the model that the flags name says of its images; None where they name none, or it says nothing."""
+    from vit_hf.data.preprocessing import own_preprocessing
+    from vit_hf.models.configuration_vit import pair
+
+    if args.model_name_or_path is None:
+        return None
+    return own_preprocessing(args.model_name_or_path, args.revision, pair(size))
+
+
+def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images: int = 8, visits: int = 5) -> tuple:
     """Some training images, and what becomes of them in the first epochs.
+
+    Args:
+        size: the model's input. own: what the model says of its images.
 
     Returns:
         originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
     """
     import dataclasses
     import functools
-    import types
 
     import datasets
     import numpy as np
@@ -139,14 +152,13 @@ def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits
 
     from vit_hf.data.batches import ImageBatches
     from vit_hf.data.cache import worth_decoding
-    from vit_hf.data.feed import open_batches
+    from vit_hf.data.feed import image_sizes, open_batches
     from vit_hf.data.order import BatchIndices, epoch_order
     from vit_hf.data.rows.parquet import ParquetRows
     from vit_hf.data.rows.table import TableRows
     from vit_hf.parts import loading_settings, make_augment, make_preprocessing
 
-    config = types.SimpleNamespace(image_size=size)
-    preprocessing = make_preprocessing(args, config, [0.5] * 3, [0.5] * 3)
+    preprocessing = make_preprocessing(args, size, own, functools.partial(image_sizes, splits.train))
     crop = parse_random_crop(args.random_crop)
     device = torch.device("cpu")
     crops = crop.while_decoding

@@ -15,7 +15,7 @@ from vit_hf.data.order import BatchIndices
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.randomness import CROP_LEFT, CROP_TOP, REPLACEMENT, sample_keys, uniform
 from vit_hf.data.rows.interface import Rows
-from vit_hf.errors import UserError
+from vit_hf.errors import MEMORY, UserError
 
 DEVICE_SHARE = 0.2  # of a device's memory: a decoded set that takes no more is kept there
 
@@ -93,6 +93,8 @@ class ImageBatches(torch.utils.data.Dataset):
             batch["labels"] = torch.from_numpy(labels)
         except UserError as caught:  # may be in a worker: a line is all that should come out of it
             error = str(caught)
+        except MemoryError:
+            error = MEMORY
         if bad and (self.on_bad_image == "raise" or (self.training and not valid.all())):
             error = str(self.error(bad))
         retried, self.rows.retried = self.rows.retried, []
@@ -121,12 +123,14 @@ class ImageBatches(torch.utils.data.Dataset):
         pixels = np.zeros((len(index), *self.preprocessing.image_size, 3), dtype=np.uint8)
         labels = np.zeros(len(index), dtype=np.int64)
         keys = sample_keys(self.seed, wanted.visit, wanted.index)
+        bicubic = self.preprocessing.bicubic_crops(keys)
         left = np.arange(len(index))
         for attempt in range(100):
             images, labels[left] = self.rows.read(index[left])
             again = []
             for place, image in zip(left.tolist(), images):
-                result = decode_row(image, self.preprocessing, **self._cut_of(keys[place : place + 1]))
+                cut = self._cut_of(keys[place : place + 1])
+                result = decode_row(image, self.preprocessing, **cut, bicubic=bicubic[place])
                 if isinstance(result, str):
                     bad[int(index[place])] = result
                     again.append(place)

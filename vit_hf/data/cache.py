@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.decode import DECODE_ERRORS, decode_row, image_size
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import TableRows, source_state
 from vit_hf.errors import UserError
 
@@ -50,10 +51,12 @@ def worth_decoding(rows: TableRows, preprocessing: Preprocessing, crop: RandomCr
     return has_shape and all(h <= height and w <= width for h, w in sizes)
 
 
-def sampled_sizes(rows: TableRows, samples: int = 32) -> list[tuple[int, int]]:
-    """(height, width) of some images, evenly over the set; those that are none are left out."""
+def sampled_sizes(rows: Rows, samples: int = 32) -> list[tuple[int, int]]:
+    """(height, width) of some images, evenly over a table, the first ones of a stream; those that are none are left
+    out."""
     sizes = []
-    images, _ = rows.read(np.unique(np.linspace(0, len(rows) - 1, samples).astype(np.int64)))
+    last = len(rows) - 1 if isinstance(rows, TableRows) else min(len(rows), samples) - 1
+    images, _ = rows.read(np.unique(np.linspace(0, last, samples).astype(np.int64)))
     for image in images:
         try:
             sizes.append(image_size(image))

@@ -12,7 +12,7 @@ import torch
 
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
-from vit_hf.data.cache import decoded, worth_decoding
+from vit_hf.data.cache import decoded, sampled_sizes, worth_decoding
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import usable_cores
@@ -49,6 +49,11 @@ def workers_per_process(asked: int | None, num_processes: int) -> int:
     return min(16, max(1, usable_cores() // on_this_machine))
 
 
+def image_sizes(split: datasets.Dataset | Rows) -> list[tuple[int, int]]:
+    """(height, width) of some images of a split: evenly over a table, the first ones of a stream."""
+    return sampled_sizes(TableRows(split) if isinstance(split, datasets.Dataset) else split)
+
+
 def open_batches(
     split: datasets.Dataset | Rows,
     preprocessing: Preprocessing,
@@ -69,6 +74,8 @@ def open_batches(
         keep: False decodes anew each time, for a set that is gone through once.
     """
     pixels = None
+    if crop.while_decoding:  # the crop takes the place of the centre
+        preprocessing = preprocessing.whole_image()
     if isinstance(split, datasets.Dataset):
         rows: Rows = TableRows(split, class_index)
         if keep and worth_decoding(rows, preprocessing, crop):

@@ -12,6 +12,7 @@ from torch import Tensor
 # policies.py start at 1000, eight numbers a layer.)
 FLIP, CROP_TOP, CROP_LEFT = 1, 2, 3
 ERASE = 6
+INTERPOLATION = 90  # bilinear or bicubic, for a random crop
 REPLACEMENT = 100  # and the 99 after it: another row in place of one that does not decode
 CROP_ATTEMPTS = 200  # and the 399 after it: four numbers for each of up to a hundred boxes
 ERASE_ATTEMPTS = 600  # and the 39 after it: four numbers for each of ten boxes

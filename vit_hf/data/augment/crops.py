@@ -125,11 +125,21 @@ def flips(keys: np.ndarray, probability: float) -> np.ndarray:
     return uniform(keys, FLIP) < probability
 
 
-def random_resized_crop(pixels: Tensor, boxes_: np.ndarray, flipped: np.ndarray) -> Tensor:
-    """Cuts a box (top, left, height, width) of each image, resizes it to the image's size, bilinear, and mirrors the
-    flipped ones: uint8 (B, H, W, C), same shape."""
+def random_resized_crop(
+    pixels: Tensor, boxes_: np.ndarray, flipped: np.ndarray, bicubic: np.ndarray | None = None
+) -> Tensor:
+    """Cuts a box (top, left, height, width) of each image, resizes it to the image's size, bilinear or, where `bicubic`
+    (B,) says so, bicubic, and mirrors the flipped ones: uint8 (B, H, W, C), same shape."""
     _, height, width, _ = pixels.shape
-    top, left, box_height, box_width = to_device(boxes_.T.astype(np.float32), pixels.device)
+    boxes_ = boxes_.astype(np.float32)
+    if bicubic is not None and bicubic.any():
+        rows = np.flatnonzero(bicubic)
+        here = to_device(rows, pixels.device)
+        cut = _bicubic_crop(pixels.index_select(0, here), boxes_[rows], flipped[rows])
+        if len(rows) == len(pixels):
+            return cut
+        return random_resized_crop(pixels, boxes_, flipped).index_copy_(0, here, cut)
+    top, left, box_height, box_width = to_device(boxes_.T, pixels.device)
 
     def centres(start: Tensor, extent: Tensor, size: int) -> Tensor:  # (B, size), in grid_sample's [-1, 1]
         steps = (torch.arange(size, device=pixels.device) + 0.5) / size
@@ -142,6 +152,30 @@ def random_resized_crop(pixels: Tensor, boxes_: np.ndarray, flipped: np.ndarray)
         pixels.permute(0, 3, 1, 2).float(), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
     return (cut + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _bicubic_crop(pixels: Tensor, boxes_: np.ndarray, flipped: np.ndarray) -> Tensor:
+    """As `random_resized_crop`, bicubic, for boxes that are enlarged: each output pixel is a weighted sum of four rows
+    and four columns, also of those just outside the box.
+
+    Source: Keys, IEEE ASSP 29(6), 1981, equation 4 with a = -0.5; Pillow's BICUBIC is the same where it enlarges.
+    """
+    _, height, width, _ = pixels.shape
+    top, left, box_height, box_width = to_device(boxes_.T, pixels.device)
+
+    def weights(start: Tensor, extent: Tensor, size: int) -> Tensor:  # (B, size, size): of inputs, for each output
+        steps = torch.arange(size, device=pixels.device) + 0.5
+        centre = start[:, None] + steps / size * extent[:, None]
+        x = (centre[:, :, None] - steps).abs()
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+        kernel = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+        return kernel / kernel.sum(dim=2, keepdim=True)
+
+    columns = weights(left, box_width, width)
+    columns = torch.where(to_device(flipped, pixels.device)[:, None, None], columns.flip(1), columns)
+    channels_first = pixels.permute(0, 3, 1, 2).float()
+    cut = weights(top, box_height, height)[:, None] @ channels_first @ columns[:, None].transpose(2, 3)
+    return (cut + 0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def random_padded_crop(

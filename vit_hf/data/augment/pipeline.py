@@ -3,6 +3,8 @@
 What is drawn for a sample is drawn on the host from its key (randomness.py); the device only carries it out, in batches.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ class Augment:
     Args:
         num_classes: K.
         crop: none for batches that were cropped while they were decoded.
+        bicubic_crops: keys -> bool (B,), which samples' `scale` crops are resized bicubic; None: all are bilinear.
         policies: each (keys, (height, width)) -> Program; carried out one after the other.
         fill: grey level that the policies' shifts and rotations bring in, of all channels or of each.
         erasing: probability of random erasing.
@@ -43,6 +46,7 @@ class Augment:
         std: list[float],
         device: torch.device,
         crop: RandomCrop = RandomCrop(),
+        bicubic_crops: Callable[[np.ndarray], np.ndarray] | None = None,
         flip: float = 0.0,
         policies: list[Policy] | None = None,
         fill: int | tuple[int, ...] = 0,
@@ -53,7 +57,7 @@ class Augment:
     ):
         self.seed, self.num_classes, self.device = seed, num_classes, device
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.crop, self.flip = crop, flip
+        self.crop, self.bicubic_crops, self.flip = crop, bicubic_crops, flip
         self.policies, self.fill = policies or [], torch.tensor(fill, dtype=torch.uint8, device=device)
         self.erasing, self.erasing_mode, self.mixing = erasing, erasing_mode, mixing
         self.label_smoothing = label_smoothing
@@ -78,7 +82,10 @@ class Augment:
         height, width = pixels.shape[1:3]
         flipped = flips(keys, self.flip)
         if self.crop.kind == "scale":
-            pixels = random_resized_crop(pixels, resized_crop_boxes(keys, (height, width), self.crop), flipped)
+            bicubic = self.bicubic_crops(keys) if self.bicubic_crops is not None else None
+            pixels = random_resized_crop(
+                pixels, resized_crop_boxes(keys, (height, width), self.crop), flipped, bicubic
+            )
         elif self.crop.kind in ("padding", "simple"):
             reflect = self.crop.kind == "simple"
             pixels = random_padded_crop(pixels, keys, int(self.crop.amount), flipped, reflect)

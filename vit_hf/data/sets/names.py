@@ -1,9 +1,7 @@
 """The names of sets: which are made here, which are on the Hub, and which split is which."""
 
 import dataclasses
-import json
 import os
-from pathlib import Path
 
 import datasets
 
@@ -53,15 +51,6 @@ def resolve_name(name: str) -> tuple[str, bool]:
     if not is_folder and name.startswith(("/", ".", "~")):
         raise UserError(f"--dataset_name {name}: no such folder")
     return path, is_folder
-
-
-def named_source(name: str) -> str:
-    """The Hub id of a set, also of one that was copied by `vit-hf data prepare`; any other name as it is."""
-    try:
-        name = json.loads((Path(name).expanduser() / "prepare.json").read_text())["source"]["dataset_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return HUB_SETS.get(name, name)
 
 
 def train_split_name(source: dict, asked: str | None, *, needed: bool) -> str | None:
