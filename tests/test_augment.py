@@ -17,7 +17,7 @@ from vit_hf.data.augment.erasing import erasing_boxes, random_erasing
 from vit_hf.data.augment.mixing import Mixing, mix
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import color_jitter, rand_augment, trivial_augment
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.randomness import sample_keys, uniform
 from vit_hf.parts import make_augment
 
@@ -100,6 +100,39 @@ def test_resized_crop_equals_numpy_and_pillow():
         corners = (left, top, min(left + width, 10), min(top + height, 12))
         pillow = Image.fromarray(image).resize((10, 12), Image.Resampling.BILINEAR, box=corners)
         assert abs(result - np.asarray(pillow)).max() <= 1
+
+
+def test_bicubic_crop_equals_pillow_and_leaves_the_others_bilinear():
+    """Within one grey level, at the borders of the image too."""
+    pixels, keys = pixels_of(50), keys_of(50)
+    flipped, boxes = np.arange(50) % 2 == 0, resized_crop_boxes(keys, (12, 10), RandomCrop("scale", 0.2))
+    sharp = np.arange(50) % 3 == 0
+    every, some = (random_resized_crop(pixels, boxes, flipped, which) for which in (sharp | True, sharp))
+    soft = random_resized_crop(pixels, boxes, flipped)
+    assert torch.equal(some[sharp], every[sharp]) and torch.equal(some[~sharp], soft[~sharp])
+    for image, (top, left, height, width), mirrored, result in zip(
+        pixels.numpy(), boxes.astype(float), flipped, every.numpy().astype(int)
+    ):
+        result = result[:, ::-1] if mirrored else result
+        corners = (left, top, min(left + width, 10), min(top + height, 12))
+        pillow = Image.fromarray(image).resize((10, 12), Image.Resampling.BICUBIC, box=corners)
+        assert abs(result - np.asarray(pillow)).max() <= 1
+    whole = np.tile(np.array([0, 0, 12, 10], dtype=np.float32), (4, 1))
+    assert torch.equal(random_resized_crop(pixels[:4], whole, STAY[:4], np.ones(4, dtype=bool)), pixels[:4])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_a_samples_crop_is_resized_alike_wherever_it_is_cut(interpolation):
+    """On the device from a decoded set and while a worker decodes: half of the samples bicubic where it is drawn."""
+    keys = keys_of(2000)
+    how = choose_preprocessing((12, 10), None, lambda: [], interpolation=interpolation)
+    drawn = how.bicubic_crops(keys)
+    assert drawn.mean() == {"bilinear": 0, "bicubic": 1}.get(interpolation, pytest.approx(0.5, abs=0.04))
+    assert np.array_equal(how.bicubic_crops(keys[:7]), drawn[:7])  # by the key alone
+    pixels, keys, crop = pixels_of(40), keys_of(40), RandomCrop("scale", 0.3)
+    found = make(crop=crop, bicubic_crops=how.bicubic_crops).change(pixels, keys)
+    boxes = resized_crop_boxes(keys, (12, 10), crop)
+    assert torch.equal(found, random_resized_crop(pixels, boxes, np.zeros(40, dtype=bool), drawn[:40]))
 
 
 def test_box_of_the_whole_image_keeps_it():

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,22 @@ def test_convert_to_timm_and_back_changes_nothing(trained, tmp_path, capsys):
         ignored = ("initializer_range", "transformers_version")
         differ = [key for key in before if before[key] != after.get(key) and key not in ignored]
         assert differ == [], (name, differ)
+
+
+def test_convert_keeps_the_resize_and_the_crop(trained, tmp_path):
+    """What the source says of its images, to timm and back."""
+    from vit_hf.data.preprocessing import Preprocessing, own_preprocessing
+
+    how = Preprocessing((32, 32), 35, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), resample=3)
+    shutil.copytree(trained, tmp_path / "source", ignore=shutil.ignore_patterns("checkpoint-*"))
+    how.image_processor().save_pretrained(tmp_path / "source")
+    dispatch(["convert", str(tmp_path / "source"), str(tmp_path / "timm"), "--to", "timm"])
+    pretrained = json.loads((tmp_path / "timm/config.json").read_text())["pretrained_cfg"]
+    assert pretrained["interpolation"] == "bicubic" and pretrained["crop_mode"] == "center"
+    assert int(32 / pretrained["crop_pct"]) == 35
+    for source in ("timm", "timm/model.safetensors"):
+        dispatch(["convert", str(tmp_path / source), str(tmp_path / source.replace("/", "_") / "back")])
+        assert own_preprocessing(str(tmp_path / source.replace("/", "_") / "back"), None, (1, 1)) == how
 
 
 def test_convert_refuses_a_broken_file_in_one_line(trained, tmp_path):

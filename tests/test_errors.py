@@ -183,3 +183,14 @@ def test_finetune_without_flags_names_the_command_that_makes_its_model(tmp_path,
     with pytest.raises(SystemExit) as stopped:
         exit_with(lambda: in_process("finetune"))
     assert stopped.value.code == 1 and "python run_pretrain.py" in capsys.readouterr().err
+
+
+def test_no_more_memory_is_one_line(capsys):
+    def entry():
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    with pytest.raises(SystemExit) as end:
+        exit_with(entry)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: this process found no more memory") and "9 GiB" in said

@@ -48,7 +48,7 @@ def open_image(value: dict[str, Any]) -> Image.Image:
 
 def _open(value: Any) -> Image.Image:
     if isinstance(value, np.ndarray):
-        if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
+        if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3 or not value.size:
             raise ValueError(f"pixels of {value.dtype} {value.shape}, allowed are uint8 (height, width, 3)")
         return Image.fromarray(value)
     source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]

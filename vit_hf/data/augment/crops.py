@@ -173,8 +173,8 @@ def _bicubic_crop(pixels: Tensor, boxes_: np.ndarray, flipped: np.ndarray) -> Te
 
     columns = weights(left, box_width, width)
     columns = torch.where(to_device(flipped, pixels.device)[:, None, None], columns.flip(1), columns)
-    channels_first = pixels.permute(0, 3, 1, 2).float()
-    cut = weights(top, box_height, height)[:, None] @ channels_first @ columns[:, None].transpose(2, 3)
+    cut = pixels.permute(0, 3, 1, 2).float() @ columns[:, None].transpose(2, 3)
+    cut = weights(top, box_height, height)[:, None] @ cut.clamp_(0, 255)  # between the two, as Pillow does
     return (cut + 0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
