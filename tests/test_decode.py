@@ -257,7 +257,7 @@ def test_a_box_is_resized_as_pillow_resizes_the_cut(bicubic, resample):
     image = picture(50, 40)
     value, box = {"bytes": encoded(image), "path": None}, lambda size: (4.0, 6.0, 33.0, 39.0)
     for size in ((20, 24), (64, 48)):
-        found = decode_row(value, Preprocessing(size), box, bicubic)
+        found = decode_row(value, Preprocessing(size), box, bicubic=bicubic)
         expected = image.crop((6, 4, 45, 37)).resize(size[::-1], resample)
         assert abs(found.astype(int) - np.asarray(expected)).max() <= 1
 
