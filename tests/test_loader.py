@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 
 from tests.runs import python
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
-from vit_hf.data.decode import open_image, to_pixels
+from vit_hf.data.decode import crop_to_pixels, open_image, to_pixels
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
-from vit_hf.data.feed import LoadingSettings, train_batches
+from vit_hf.data.feed import LoadingSettings, open_batches, train_batches
 from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder, balanced_order
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
 from vit_hf.data.rows import retries, table
 from vit_hf.data.rows.table import TableRows
@@ -251,13 +252,17 @@ def test_class_index_renumbers_labels(batches_of):
     assert batch["labels"].tolist() == [5, 9, 1, 5]
 
 
-def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone(batches_of):
-    batches = batches_of(image_set(), seed=1, crop_scale=0.2)
+CROPS = [RandomCrop("scale", 0.2), RandomCrop("scale", 0.2, "tensorflow"), RandomCrop("simple", 4)]
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone(crop, batches_of):
+    batches = batches_of(image_set(), seed=1, crop=crop)
     together = batches[places_of(4, 5, 6)]["pixel_values"]
     for place, row in enumerate((4, 5, 6)):
         assert torch.equal(batches[places_of(row)]["pixel_values"][0], together[place])
     assert not torch.equal(batches[places_of(4, 5, 6, visit=3)]["pixel_values"], together)
-    other = batches_of(image_set(), seed=2, crop_scale=0.2)
+    other = batches_of(image_set(), seed=2, crop=crop)
     assert not torch.equal(other[places_of(4, 5, 6)]["pixel_values"], together)
     whole = batches_of(image_set())
     assert not torch.equal(whole[places_of(4, 5, 6)]["pixel_values"], together)
@@ -267,9 +272,10 @@ def moved(batches, places, workers=0, faults=None):
     return list(DeviceBatches(batches, places, CPU, workers, faults or Faults()))
 
 
-def test_workers_give_the_same_batches_in_the_same_order(batches_of):
+@pytest.mark.parametrize("crop", CROPS[1:])
+def test_workers_give_the_same_batches_in_the_same_order(crop, batches_of):
     """Decoded row by row, with crops; and the tensors are as the loop wants them."""
-    batches = batches_of(image_set(30), seed=3, crop_scale=0.2)
+    batches = batches_of(image_set(30), seed=3, crop=crop)
     alone, shared = (moved(batches, train_places(2, 1, 3, total_steps=3), workers) for workers in (0, 2))
     assert len(alone) == len(shared) == 6
     for first, second, places in zip(alone, shared, train_places(2, 1, 3, total_steps=3)):
@@ -285,7 +291,7 @@ def test_default_generator_is_left_alone(workers, batches_of):
     """Dropout draws from it; a loader that did too would change a run with the number of workers."""
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    batches = batches_of(image_set(30), crop_scale=0.2, training=True)
+    batches = batches_of(image_set(30), crop=RandomCrop("scale", 0.2), training=True)
     moved(batches, train_places(1, 0, 12, total_steps=2), workers)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -483,3 +489,50 @@ def test_a_gpu_without_a_number_is_the_present_one(monkeypatch, batches_of):
     places = train_places(total_steps=1)
     loader = DeviceBatches(batches_of(image_set()), places, torch.device("cuda"), 0, Faults())
     assert loader.device == loader.stream == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation):
+    """Each sample's by its key."""
+    rows = image_set(30)
+    how = choose_preprocessing((12, 12), None, lambda: [], interpolation=interpolation)
+    batches = ImageBatches(TableRows(rows), how, seed=3, crop_scale=0.3, training=True)
+    index = np.arange(30)
+    batch = batches[BatchIndices(np.full(30, 2), index, np.ones(30, dtype=bool))]
+    keys = sample_keys(3, np.full(30, 2), index)
+    sharp, soft = how.bicubic_crops(keys), 0
+    for place, row in enumerate(TableRows(rows).read(index)[0]):
+        one, other = (
+            crop_to_pixels(row, batches._box_of(keys[place : place + 1]), how, kind)
+            for kind in (sharp[place], not sharp[place])
+        )
+        assert np.array_equal(batch["pixel_values"][place].numpy(), one)
+        soft += not np.array_equal(one, other)
+    assert soft > 20  # the two are not the same
+    assert (interpolation == "random") == (0 < sharp.sum() < 30)
+
+
+def test_a_decoded_set_whose_crops_are_cut_later_is_whole():
+    """The random crop takes the place of the centre; evaluation has the centre."""
+    rows, how = image_set(6), Preprocessing((10, 10), shortest_edge=14)
+    settings, device = LoadingSettings(num_workers=0), torch.device("cpu")
+    found = open_batches(rows, how, device, settings, crop_scale=0.5, training=True, keep=False)
+    assert found.preprocessing == Preprocessing((10, 10)) and found.crop_scale == 0.5
+    assert open_batches(rows, how, device, settings, keep=False).preprocessing == how
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_more_memory_ends_the_run_in_a_line_that_says_so(monkeypatch, workers):
+    """Also where bad images are skipped: it says nothing of the image."""
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("vit_hf.data.batches.decode_row", no_memory)
+    batches = ImageBatches(TableRows(image_set(30)), PREPROCESSING, on_bad_image="skip", training=True)
+    faults = Faults()
+    loader = DeviceBatches(batches, train_places(), torch.device("cpu"), workers, faults)
+    with pytest.raises(UserError, match="no more memory .*--dataloader_num_workers"):
+        next(iter(loader))
+    loader.close()
+    assert faults.bad == {}

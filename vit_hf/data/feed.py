@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import datasets
 import torch
 
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
-from vit_hf.data.cache import decoded, worth_decoding
+from vit_hf.data.cache import decoded, sampled_sizes, worth_decoding
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import usable_cores
@@ -49,6 +50,11 @@ def workers_per_process(asked: int | None, num_processes: int) -> int:
     return min(16, max(1, usable_cores() // on_this_machine))
 
 
+def image_sizes(split: datasets.Dataset | Rows) -> list[tuple[int, int]]:
+    """(height, width) of some images of a split: evenly over a table, the first ones of a stream."""
+    return sampled_sizes(TableRows(split) if isinstance(split, datasets.Dataset) else split)
+
+
 def open_batches(
     split: datasets.Dataset | Rows,
     preprocessing: Preprocessing,
@@ -56,7 +62,7 @@ def open_batches(
     settings: LoadingSettings,
     *,
     seed: int = 0,
-    crop_scale: float | None = None,
+    crop: RandomCrop = RandomCrop(),
     training: bool = False,
     class_index: list[int] | None = None,
     keep: bool = True,
@@ -64,14 +70,16 @@ def open_batches(
     """A split's micro-batches on the host, decoded once where that pays.
 
     Args:
-        crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
+        crop: the random crop; a decoded set leaves it to the device.
         class_index: another number for each label.
         keep: False decodes anew each time, for a set that is gone through once.
     """
     pixels = None
+    if crop.while_decoding:  # the crop takes the place of the centre
+        preprocessing = preprocessing.whole_image()
     if isinstance(split, datasets.Dataset):
         rows: Rows = TableRows(split, class_index)
-        if keep and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
+        if keep and worth_decoding(rows, preprocessing, crop):
             pixels = decoded(rows, preprocessing)
     else:
         rows = split
@@ -82,7 +90,7 @@ def open_batches(
         preprocessing,
         pixels,
         seed=seed,
-        crop_scale=None if pixels is not None else crop_scale,
+        crop=RandomCrop() if pixels is not None else crop,
         on_bad_image=settings.on_bad_image,
         training=training,
     )
@@ -99,13 +107,11 @@ def train_batches(
     settings: LoadingSettings,
     faults: Faults,
     *,
-    crop_scale: float | None = None,
+    crop: RandomCrop = RandomCrop(),
     say: Callable[[str], None] = print,
 ) -> tuple[DeviceBatches, bool]:
-    """The micro-batches of this process at the steps of the plan, and whether a `scale` crop is left to the device."""
-    batches = open_batches(
-        split, preprocessing, device, settings, seed=plan.seed, crop_scale=crop_scale, training=True
-    )
+    """The micro-batches of this process at the steps of the plan, and whether the crop is left to the device."""
+    batches = open_batches(split, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True)
     workers = workers_per_process(settings.num_workers, plan.num_processes)
     if isinstance(split, ParquetRows):
         shards = split.shards()

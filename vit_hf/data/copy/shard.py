@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from vit_hf.data.copy.plan import Shard, Work, copy_order
-from vit_hf.data.decode import DECODE_ERRORS, open_image
+from vit_hf.data.decode import DECODE_ERRORS, JPEGS, open_image
 from vit_hf.data.rows.table import TableRows
 from vit_hf.data.sets.origin import SOURCE_COLUMNS, SOURCE_ROW, SOURCE_SHA256
 from vit_hf.errors import UserError
@@ -55,7 +55,7 @@ def _shrunk(data: bytes, shorter_side: int) -> Image.Image | None:
     """
     with Image.open(io.BytesIO(data)) as image:
         short = min(image.size)
-        if image.format == "JPEG" and short >= 4 * shorter_side:
+        if image.format in JPEGS and short >= 4 * shorter_side:
             width, height = _size(image.size, shorter_side)
             image.draft(None, (2 * width, 2 * height))
             small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)

@@ -65,7 +65,7 @@ def load_image_splits(
     subset: SubsetRule = SubsetRule(),
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-    seed: int = 0,
+    split_seed: int = 0,
     need_train: bool = True,
     streaming: bool = False,
     cache_dir: str | None = None,
@@ -82,7 +82,7 @@ def load_image_splits(
             held out of the training split (said in `notes`).
         subset: which training rows to keep; its classes also filter the evaluation split, nothing else does.
         max_train_samples, max_eval_samples: trial draws after the subset filter.
-        seed: of the held-out tenth and the draws.
+        split_seed: of the held-out tenth and the draws; not the run's, so that runs of all seeds see the same images.
         need_train: False leaves `train` and `subset` empty; the evaluation split is the same either way.
         streaming: read parquet shards, or compute fractals, as they are needed, instead of storing them first.
         cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
@@ -93,7 +93,7 @@ def load_image_splits(
     """
     if streaming:
         options = (dataset_config_name, revision, image_column_name, label_column_name, train_split, eval_split)
-        draws = (max_train_samples, max_eval_samples, seed)
+        draws = (max_train_samples, max_eval_samples, split_seed)
         return load_streamed(dataset_name, *options, subset, *draws, need_train, cache_dir)
     source = _load_source(dataset_name, dataset_config_name, revision, cache_dir)
     notes: list[str] = []
@@ -110,7 +110,7 @@ def load_image_splits(
     if (need_train or evaluation is None) and len(train.rows) == 0:
         raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(source)}")
     if evaluation is None:
-        train, evaluation = _hold_out(train, seed, notes)
+        train, evaluation = _hold_out(train, split_seed, notes)
     elif need_train and train_name == eval_name:
         notes.append(f"The evaluation split is the training split itself ({eval_name}), as the flags ask.")
 
@@ -126,8 +126,8 @@ def load_image_splits(
             note_old_copy(dataset_name, source[train_name].features, notes)
         train_rows, record = apply_rule(train.labels, train.rows, subset, class_names, train.origin)
         check_untrained(train.labels[train_rows], evaluation.labels[eval_rows], class_names, subset, notes)
-        train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, seed)]
-    eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, seed)]
+        train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, split_seed)]
+    eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, split_seed)]
     return ImageSplits(
         train=_finish(train, train_rows, kept, class_names) if need_train else None,
         eval=_finish(evaluation, eval_rows, kept, class_names),
@@ -209,9 +209,9 @@ def _read_splits(
     return splits, class_names
 
 
-def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Split]:
+def _hold_out(train: _Split, split_seed: int, notes: list[str]) -> tuple[_Split, _Split]:
     """Make an evaluation split of a stratified tenth of the training rows, and say so."""
-    kept, held_out = hold_out(train.labels, HELD_OUT_FRACTION, seed)
+    kept, held_out = hold_out(train.labels, HELD_OUT_FRACTION, split_seed)
     if len(held_out) == 0:
         raise UserError(
             f"the set has no evaluation split, and {len(train.labels)} training rows are too few to hold some out: "
@@ -220,10 +220,12 @@ def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Spli
     percent = round(100 * HELD_OUT_FRACTION)
     notes.append(
         f"The set has no labelled evaluation split: {len(held_out)} rows ({percent}% of each class) of "
-        f"{train.name} are held out with seed {seed}."
+        f"{train.name} are held out with --split_seed {split_seed}."
     )
-    rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, seed {seed})", rows=kept)
-    return rest, dataclasses.replace(train, name=f"{train.name} ({percent}% held out, seed {seed})", rows=held_out)
+    rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, split seed {split_seed})", rows=kept)
+    return rest, dataclasses.replace(
+        train, name=f"{train.name} ({percent}% held out, split seed {split_seed})", rows=held_out
+    )
 
 
 def _finish(split: _Split, rows: np.ndarray, kept: np.ndarray, class_names: list[str]) -> datasets.Dataset:

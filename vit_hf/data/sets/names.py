@@ -1,7 +1,6 @@
 """The names of sets: which are made here, which are on the Hub, and which split is which."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -57,15 +56,6 @@ def resolve_name(name: str) -> tuple[str, bool]:
     if not is_folder and name.startswith(("/", ".", "~")):
         raise UserError(f"--dataset_name {name}: no such folder")
     return path, is_folder
-
-
-def named_source(name: str) -> str:
-    """The Hub id of a set, also of one that was copied by `vit-hf data prepare`; any other name as it is."""
-    try:
-        name = json.loads((Path(name).expanduser() / "prepare.json").read_text())["source"]["dataset_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return HUB_SETS.get(name, name)
 
 
 def note_old_copy(name: str, features: datasets.Features, notes: list[str]) -> None:

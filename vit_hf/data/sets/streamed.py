@@ -36,7 +36,7 @@ from vit_hf.errors import UserError
 
 def load_streamed(
     name, config_name, revision, image_column, label_column, train_split, eval_split,
-    subset, max_train_samples, max_eval_samples, seed, need_train, cache_dir,
+    subset, max_train_samples, max_eval_samples, split_seed, need_train, cache_dir,
 ) -> ImageSplits:  # fmt: skip
     """As `load_image_splits`, with rows that are read when they are needed."""
     notes: list[str] = []
@@ -97,10 +97,10 @@ def load_streamed(
         if isinstance(heads, Heads):
             note_old_copy(name, heads[train_name].features, notes)
     if need_train:
-        train.keep(draw_samples(len(train), max_train_samples, seed))
+        train.keep(draw_samples(len(train), max_train_samples, split_seed))
         if len(train) == 0:
             raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(heads)}")
-    evaluation.keep(draw_samples(len(evaluation), max_eval_samples, seed))
+    evaluation.keep(draw_samples(len(evaluation), max_eval_samples, split_seed))
     train_name = train_name if need_train else None
     return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
 
