@@ -496,14 +496,14 @@ def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation)
     """Each sample's by its key."""
     rows = image_set(30)
     how = choose_preprocessing((12, 12), None, lambda: [], interpolation=interpolation)
-    batches = ImageBatches(TableRows(rows), how, seed=3, crop_scale=0.3, training=True)
+    batches = ImageBatches(TableRows(rows), how, seed=3, crop=RandomCrop("scale", 0.3), training=True)
     index = np.arange(30)
     batch = batches[BatchIndices(np.full(30, 2), index, np.ones(30, dtype=bool))]
     keys = sample_keys(3, np.full(30, 2), index)
     sharp, soft = how.bicubic_crops(keys), 0
     for place, row in enumerate(TableRows(rows).read(index)[0]):
         one, other = (
-            crop_to_pixels(row, batches._box_of(keys[place : place + 1]), how, kind)
+            crop_to_pixels(row, batches._cut_of(keys[place : place + 1])["box_of"], how, kind)
             for kind in (sharp[place], not sharp[place])
         )
         assert np.array_equal(batch["pixel_values"][place].numpy(), one)
@@ -515,9 +515,9 @@ def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation)
 def test_a_decoded_set_whose_crops_are_cut_later_is_whole():
     """The random crop takes the place of the centre; evaluation has the centre."""
     rows, how = image_set(6), Preprocessing((10, 10), shortest_edge=14)
-    settings, device = LoadingSettings(num_workers=0), torch.device("cpu")
-    found = open_batches(rows, how, device, settings, crop_scale=0.5, training=True, keep=False)
-    assert found.preprocessing == Preprocessing((10, 10)) and found.crop_scale == 0.5
+    settings, device, crop = LoadingSettings(num_workers=0), torch.device("cpu"), RandomCrop("scale", 0.5)
+    found = open_batches(rows, how, device, settings, crop=crop, training=True, keep=False)
+    assert found.preprocessing == Preprocessing((10, 10)) and found.crop == crop
     assert open_batches(rows, how, device, settings, keep=False).preprocessing == how
 
 
@@ -525,7 +525,7 @@ def test_a_decoded_set_whose_crops_are_cut_later_is_whole():
 def test_no_more_memory_ends_the_run_in_a_line_that_says_so(monkeypatch, workers):
     """Also where bad images are skipped: it says nothing of the image."""
 
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr("vit_hf.data.batches.decode_row", no_memory)
