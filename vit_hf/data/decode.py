@@ -68,16 +68,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def resized_sides(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """(width, height) to which an image of (width, height) is resized, before its centre is cut."""
+    if preprocessing.shortest_edge is None:
+        height, width = preprocessing.resized or preprocessing.image_size
+        return width, height
+    short, long = sorted(size)
+    sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
+    return sides if size[0] <= size[1] else sides[::-1]
+
+
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resizes (and centre-crops) as the image processor does: uint8 (H, W, 3)."""
     height, width = preprocessing.image_size
-    if preprocessing.shortest_edge is None:
-        resized_height, resized_width = preprocessing.resized or (height, width)
-        sides = (resized_width, resized_height)
-    else:
-        short, long = sorted(image.size)
-        sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
-        sides = sides if image.width <= image.height else sides[::-1]
+    sides = resized_sides(image.size, preprocessing)
     if sides[0] * sides[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError(
             f"a shape of {image.width} x {image.height}, resized to {sides[0]} x {sides[1]}"
@@ -126,16 +130,19 @@ def crop_to_pixels(
 
 def decode_row(
     value: Any,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
     box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]] | None = None,
 ) -> np.ndarray | str:
     """The pixels of a row, uint8 (H, W, 3), or why there are none.
 
     Args:
         value: an undecoded row, or pixels, uint8 (H, W, 3), of a set that is rendered and not stored.
+        preprocessing: None leaves the image at its own size.
         box_of: as for `crop_to_pixels`; None takes the whole image.
     """
     try:
+        if preprocessing is None:
+            return np.asarray(open_image(value))
         if box_of is None:
             return to_pixels(open_image(value), preprocessing)
         return crop_to_pixels(value, box_of, preprocessing)
