@@ -162,9 +162,11 @@ def batches_of(tmp_path):
     """Batches over a dataset, decoded once or each time."""
 
     def make(dataset, preprocessing=PREPROCESSING, once=False, class_index=None, **options):
-        rows = TableRows(dataset, class_index)
-        pixels = decoded(rows, preprocessing, tmp_path) if once else None
-        return ImageBatches(rows, preprocessing, pixels, **options)
+        rows = TableRows(dataset)
+        if class_index is not None:
+            rows.renumber(class_index)
+        kept = decoded(rows, preprocessing, tmp_path) if once else None
+        return ImageBatches(rows, preprocessing, kept, **options)
 
     return make
 

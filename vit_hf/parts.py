@@ -161,6 +161,7 @@ def loading_settings(args: Any) -> LoadingSettings:
     """How images come to the device."""
     return LoadingSettings(
         num_workers=parse_num_workers(args.dataloader_num_workers),
+        keep_decoded=args.decoded_cache == "auto",
         keep_on_device=args.data_on_device == "auto",
         on_bad_image=args.on_bad_image,
         shuffle_buffer_size=getattr(args, "shuffle_buffer_size", 0),
@@ -171,7 +172,7 @@ def loading_settings(args: Any) -> LoadingSettings:
 
 def make_train_batches(
     args: RunArguments,
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     plan: BatchPlan,
     schedule: Schedule,
@@ -182,7 +183,7 @@ def make_train_batches(
     """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
     kind, amount = parse_random_crop(args.random_crop)
     batches, crops_on_device = train_batches(
-        split,
+        rows,
         preprocessing,
         StepPlan(
             seed=args.seed,
@@ -238,7 +239,7 @@ def make_augment(
 def make_evaluate(
     args: Any,
     engine: torch.nn.Module,
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     accelerator: accelerate.Accelerator,
     faults: Faults,
@@ -247,7 +248,7 @@ def make_evaluate(
 ) -> Callable[[], dict[str, float]]:
     """A function that evaluates the model as it then is; `class_index` and `keep` are those of `eval_batches`."""
     batches = eval_batches(
-        split,
+        rows,
         preprocessing,
         accelerator.device,
         loading_settings(args),
@@ -256,6 +257,7 @@ def make_evaluate(
         rank=accelerator.process_index,
         class_index=class_index,
         keep=keep,
+        say=accelerator.print,
     )
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)

@@ -136,7 +136,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         functools.partial(append_event, output_dir),
     )
     batches, crops_on_device = make_train_batches(
-        args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
+        args, splits.rows("train"), preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
     try:
         train(
@@ -158,7 +158,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             ),
             augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
             objective=soft_cross_entropy,
-            evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
+            evaluate=make_evaluate(args, state.engine, splits.rows("eval"), preprocessing, accelerator, report.eval),
             extra_metrics=report.collect,
             mfu_scale=mfu_scale(accelerator, flops_per_image),
             training_flops_per_image=flops_per_image,

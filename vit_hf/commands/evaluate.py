@@ -55,7 +55,9 @@ def main(argv: list[str]) -> None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
     report = DataReport(accelerator, args.on_bad_image)
     model.to(accelerator.device).eval()
-    run = make_evaluate(args, model, splits.eval, preprocessing, accelerator, report.eval, class_index, keep=False)
+    run = make_evaluate(
+        args, model, splits.rows("eval"), preprocessing, accelerator, report.eval, class_index, keep=False
+    )
     with accelerator.autocast():
         results = run()
     results |= report.collect()

@@ -7,11 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import datasets
 import torch
 
 from vit_hf.data.batches import ImageBatches
-from vit_hf.data.cache import decoded, worth_decoding
+from vit_hf.data.cache import NotKept, decoded, worth_decoding
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import usable_cores
@@ -28,10 +27,12 @@ class LoadingSettings:
 
     Args:
         num_workers: processes of each rank that read and decode; None takes this process's share of the cores.
+        keep_decoded: whether what fits is decoded once.
         keep_on_device: whether a decoded training set may lie in the memory of the device.
     """
 
     num_workers: int | None = None
+    keep_decoded: bool = True
     keep_on_device: bool = True
     on_bad_image: str = "raise"
     shuffle_buffer_size: int = 10_000
@@ -49,7 +50,7 @@ def workers_per_process(asked: int | None, num_processes: int) -> int:
 
 
 def open_batches(
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     device: torch.device,
     settings: LoadingSettings,
@@ -59,29 +60,36 @@ def open_batches(
     training: bool = False,
     class_index: list[int] | None = None,
     keep: bool = True,
+    say: Callable[[str], None] = print,
 ) -> ImageBatches:
     """A split's micro-batches on the host, decoded once where that pays.
 
     Args:
-        crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
+        crop_scale: smallest share of a random crop, where there is one; it is left to the device (the batches have none)
+            where a set is worth decoding once, whether or not it is.
         class_index: another number for each label.
         keep: False decodes anew each time, for a set that is gone through once.
     """
-    pixels = None
-    if isinstance(split, datasets.Dataset):
-        rows: Rows = TableRows(split, class_index)
-        if keep and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
-            pixels = decoded(rows, preprocessing)
-    else:
-        rows = split
-        if class_index is not None:
-            rows.renumber(class_index)
+    if class_index is not None:
+        rows.renumber(class_index)
+    kept = None
+    if isinstance(rows, TableRows) or not training:  # a training stream is larger than the disk
+        keep = keep and settings.keep_decoded
+        if (keep or crop_scale is not None) and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
+            crop_scale = None
+            try:
+                kept = decoded(rows, preprocessing).resized(preprocessing) if keep else None
+            except NotKept as reason:
+                say(
+                    f"note: decoded images are not kept ({reason}); they are decoded batch by batch. Make room, or set "
+                    "HF_DATASETS_CACHE to a folder on a larger disk"
+                )
     batches = ImageBatches(
         rows,
         preprocessing,
-        pixels,
+        kept,
         seed=seed,
-        crop_scale=None if pixels is not None else crop_scale,
+        crop_scale=crop_scale,
         on_bad_image=settings.on_bad_image,
         training=training,
     )
@@ -91,7 +99,7 @@ def open_batches(
 
 
 def train_batches(
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     plan: StepPlan,
     device: torch.device,
@@ -103,27 +111,28 @@ def train_batches(
 ) -> tuple[DeviceBatches, bool]:
     """The micro-batches of this process at the steps of the plan, and whether a `scale` crop is left to the device."""
     batches = open_batches(
-        split, preprocessing, device, settings, seed=plan.seed, crop_scale=crop_scale, training=True
+        rows, preprocessing, device, settings, seed=plan.seed, crop_scale=crop_scale, training=True, say=say
     )
     workers = workers_per_process(settings.num_workers, plan.num_processes)
-    if isinstance(split, ParquetRows):
-        shards = split.shards()
+    if isinstance(rows, ParquetRows):
+        shards = rows.shards()
         if settings.num_workers is None:
             workers = max(1, min(workers, len(shards) // plan.num_processes))
-        split.hold(settings.shuffle_buffer_size, workers)
+        rows.hold(settings.shuffle_buffer_size, workers)
         order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
     else:
         order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats)
-    if batches.pixels is not None:
-        where = "on the device" if batches.on_device is not None else "mapped from the cache"
-        say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
+    if batches.decoded is not None:
+        where = "on the device" if batches.on_device is not None else "in memory"
+        height, width = batches.decoded.size
+        say(f"images: decoded once, {width} x {height} pixels, {batches.decoded.nbytes / 1e6:.0f} MB {where}")
     else:
         say(f"images: read and decoded batch by batch, {workers} workers a process")
-    return DeviceBatches(batches, order, device, workers, faults), batches.pixels is not None
+    return DeviceBatches(batches, order, device, workers, faults), batches.crop_scale is None
 
 
 def eval_batches(
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     device: torch.device,
     settings: LoadingSettings,
@@ -133,6 +142,7 @@ def eval_batches(
     rank: int,
     class_index: list[int] | None = None,
     keep: bool = True,
+    say: Callable[[str], None] = print,
 ) -> DeviceBatches:
     """The evaluation batches of this process, each sample once over all processes; what can be kept decoded is decoded
     once.
@@ -141,7 +151,7 @@ def eval_batches(
         class_index: the model's index of each class of the dataset, where they differ.
         keep: whether they will be gone through again and again.
     """
-    batches = open_batches(split, preprocessing, device, settings, class_index=class_index, keep=keep)
+    batches = open_batches(rows, preprocessing, device, settings, class_index=class_index, keep=keep, say=say)
     workers = workers_per_process(settings.num_workers, num_processes)
     order = EvalOrder(
         num_samples=len(batches),

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from vit_hf.data.rows.table import Source
 from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, encode_labels, find_columns
 from vit_hf.data.sets.digits import load_digits_splits
 from vit_hf.data.sets.fractals import load_fractal_splits, parse_options
@@ -39,6 +40,7 @@ class _Split:
     images: datasets.Dataset  # the one column `image`
     labels: np.ndarray  # int64 (N,), over all source rows
     rows: np.ndarray  # int64 (n,), ascending
+    source_name: str  # as the set names it
 
 
 def load_image_splits(
@@ -114,6 +116,9 @@ def load_image_splits(
         _check_untrained([class_names[index] for index in untrained], subset, notes)
         train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, seed)]
     eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, seed)]
+    sources = {"eval": Source(evaluation.images, eval_rows, (dataset_name, evaluation.source_name))}
+    if need_train:
+        sources["train"] = Source(train.images, train_rows, (dataset_name, train.source_name))
     return ImageSplits(
         train=_finish(train, train_rows, kept, class_names) if need_train else None,
         eval=_finish(evaluation, eval_rows, kept, class_names),
@@ -122,6 +127,7 @@ def load_image_splits(
         eval_split=evaluation.name,
         subset=record,
         notes=notes,
+        sources=sources,
     )
 
 
@@ -180,7 +186,7 @@ def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[s
         images = source[name].select_columns([image])
         images = images.rename_column(image, "image") if image != "image" else images
         images = images.cast_column("image", datasets.Image(decode=False))
-        splits[name] = _Split(name, images, labels[name], np.arange(len(labels[name])))
+        splits[name] = _Split(name, images, labels[name], np.arange(len(labels[name])), name)
     return splits, class_names
 
 

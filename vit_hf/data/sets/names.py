@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 
 from vit_hf.data.rows.interface import Rows
+from vit_hf.data.rows.table import Source, TableRows
 from vit_hf.data.sets.columns import has_labels
 from vit_hf.errors import UserError
 
@@ -24,7 +25,8 @@ class ImageSplits:
 
     `train_split` and `eval_split` name the source's splits, or say how a split was made. `subset` is {} or holds
     `rule`, `subset_hash` (over the rows of the source split) and `train_samples` (rows kept by the rule, before any
-    trial draw). `notes` are sentences that the run should say.
+    trial draw). `sources` says which rows of which splits `train` and `eval` are. `notes` are sentences that the run
+    should say.
     """
 
     train: datasets.Dataset | Rows | None
@@ -34,6 +36,12 @@ class ImageSplits:
     eval_split: str | None
     subset: dict = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+
+    def rows(self, which: str) -> Rows:
+        """The split `train` or `eval` by index."""
+        split = getattr(self, which)
+        return TableRows(split, self.sources.get(which)) if isinstance(split, datasets.Dataset) else split
 
 
 class Heads(dict):

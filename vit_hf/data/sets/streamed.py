@@ -80,6 +80,7 @@ def load_streamed(
         if len(train) == 0:
             raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(heads)}")
     evaluation = open_split(eval_name)
+    evaluation.source_name = (name, eval_name)
     evaluation.keep(draw_samples(len(evaluation), max_eval_samples, seed))
     train_name = train_name if need_train else None
     return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
