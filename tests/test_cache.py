@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from vit_hf.data.cache_folder import cached_sets, drop
 from vit_hf.data.decode import decode_row, open_image, to_pixels
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
+from vit_hf.data.feed import LoadingSettings, open_batches
 from vit_hf.data.order import EvalOrder
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.parquet import ParquetRows
 from vit_hf.data.rows.table import Source, TableRows
 from vit_hf.data.sets.load import load_image_splits
 from vit_hf.data.sets.subset import SubsetRule
@@ -111,6 +114,7 @@ def test_image_sizes_and_rules_share_a_file_at_the_native_size(tmp_path):
     dataset = small_set(30, ((32, 32),))
     rules = [Preprocessing((224, 224)), Preprocessing((384, 384), resample=3), Preprocessing((16, 16))]
     rules += [Preprocessing((32, 32)), Preprocessing((224, 224), shortest_edge=256)]
+    rules += [Preprocessing((32, 32), shortest_edge=36)]
     for preprocessing in rules:
         rows = TableRows(dataset)
         kept = decoded(rows, preprocessing, tmp_path)
@@ -281,6 +285,46 @@ def test_a_file_that_could_not_be_read_is_tried_again_at_the_next_start(tmp_path
     assert kept.bad == {} and kept[1].any()
 
 
+# --- streams ---
+
+
+def eval_pass(rows, preprocessing, kept=None):
+    """(pixels, labels) of all rows, as evaluation gets them."""
+    order = EvalOrder(num_samples=len(rows), num_processes=1, rank=0, batch_size=7)
+    found = list(DeviceBatches(ImageBatches(rows, preprocessing, kept), order, torch.device("cpu"), 0, Faults()))
+    keep = torch.cat([batch["valid"] for batch in found])
+    return [torch.cat([batch[name] for batch in found])[keep] for name in ("pixel_values", "labels")]
+
+
+@pytest.mark.parametrize("preprocessing", [PREPROCESSING, Preprocessing((12, 12), shortest_edge=14)])
+@pytest.mark.parametrize("sizes", [((8, 8),), ((12, 12),), ((8, 8), (9, 7), (30, 41))])
+def test_the_evaluation_split_of_a_stream_is_decoded_once(tmp_path, monkeypatch, sizes, preprocessing):
+    dataset = small_set(150, sizes)
+    shards = [tmp_path / f"test-{number}.parquet" for number in range(3)]
+    for number, shard in enumerate(shards):
+        dataset.select(range(50 * number, 50 * number + 50)).to_parquet(shard, batch_size=20)
+
+    def stream():
+        rows = ParquetRows([str(shard) for shard in shards], "image", "label", ["a", "b", "c"])
+        rows.renumber([4, 0, 1])
+        rows.keep(np.arange(3, 150, 2))
+        return rows
+
+    settings = LoadingSettings(eval_batch_size=7)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    before = eval_pass(stream(), preprocessing)
+    decodings = count_decoding(monkeypatch)
+    for expected_decodings in (74, 0):
+        decodings.clear()
+        batches = open_batches(stream(), preprocessing, torch.device("cpu"), settings)
+        after = eval_pass(batches.rows, preprocessing, batches.decoded)
+        assert len(decodings) == expected_decodings
+        assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    dataset.select(range(50)).to_parquet(shards[0], batch_size=25)  # other content under the same name
+    assert len(open_batches(stream(), preprocessing, torch.device("cpu"), settings).rows) == 74
+    assert len(files(tmp_path)) == 2
+
+
 # --- the folder ---
 
 
@@ -340,18 +384,14 @@ def test_the_command_lists_and_clears(tmp_path, monkeypatch, capsys):
 def test_a_full_disk_trains_on_to_the_same_bits(run, tmp_path, monkeypatch, capsys):
     """Also with crops, which stay with the device; and so does a run that asks for no cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    flags = dict(random_crop="scale=0.3", max_steps=3, dataloader_num_workers=0, dataset_name="glyphs")
-    flags |= dict(max_train_samples=64, max_eval_samples=20, image_size=None)
+    flags = dict(random_crop="scale=0.3", max_steps=3, dataloader_num_workers=0, max_train_samples=64)
     whole = run("pretrain", output_dir=tmp_path / "whole", **flags)
     assert "decoded once" in capsys.readouterr().out
     assert cached_sets(tmp_path / "cache/vit_hf_pixels")
     never = run("pretrain", output_dir=tmp_path / "never", decoded_cache="never", **flags)
     assert "batch by batch" in capsys.readouterr().out
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("", (), {"free": 0}))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for entry in cached_sets(tmp_path / "cache/vit_hf_pixels"):
-        for file in entry.files:
-            file.unlink()
+    shutil.rmtree(tmp_path / "cache/vit_hf_pixels")
     full = run("pretrain", output_dir=tmp_path / "full", **flags)
     out = capsys.readouterr().out
     assert "note: decoded images are not kept (No space left on device;" in out and "batch by batch" in out

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from vit_hf.data.cache_folder import cache_folder, hold, make_room, read_description, write_description
 from vit_hf.data.decode import DECODE_ERRORS, decode_row, image_size, resized_sides
 from vit_hf.data.preprocessing import Preprocessing
-from vit_hf.data.resize import FILTERS, resized_on_host
+from vit_hf.data.resize import FILTERS, is_input, resized_on_host
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import SURROUNDINGS
@@ -73,12 +73,14 @@ class Decoded:
         pixels: uint8 (N, H, W, 3), read-only.
         rows: int64 (n,), where each row of the set lies.
         bad: {row of the set: reason} of those that did not decode, which are black.
+        native: whether images have their own size; else they are the model's input.
         file: what `pixels` is mapped from.
     """
 
     pixels: np.ndarray
     rows: np.ndarray
     bad: dict[int, str]
+    native: bool
     file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -98,9 +100,11 @@ class Decoded:
     def resized(self, preprocessing: Preprocessing) -> "Decoded":
         """The same as the model's input, where that takes no more than RESIZED_BYTES: it costs nothing any more then."""
         height, width = preprocessing.image_size
-        if self.size == (height, width) or len(self) * height * width * 3 > RESIZED_BYTES:
+        if not self.native or len(self) * height * width * 3 > RESIZED_BYTES:
             return self
-        return Decoded(resized_on_host(self[:], preprocessing), np.arange(len(self)), self.bad)
+        if is_input(self.size, preprocessing):
+            return self
+        return Decoded(resized_on_host(self[:], preprocessing), np.arange(len(self)), self.bad, native=False)
 
 
 def worth_decoding(rows: Rows, preprocessing: Preprocessing, crops: bool) -> bool:
@@ -245,7 +249,8 @@ class _File:
         if not isinstance(rows, TableRows):
             labels = content[self.labels_at : self.states_at].view(LABEL)
             rows.labels = rows.number_of[labels[rows.source_rows]]
-        return Decoded(content[: self.labels_at].reshape(-1, *self.way.size, 3), rows.source_rows, bad, file)
+        pixels = content[: self.labels_at].reshape(-1, *self.way.size, 3)
+        return Decoded(pixels, rows.source_rows, bad, self.way.preprocessing is None, file)
 
 
 def _fill(file: _File, rows: Rows) -> dict[int, str]:

@@ -72,7 +72,9 @@ class DeviceBatches:
         self.ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
         self.resize = None
         if batches.decoded is not None:
-            num_workers, self.resize = 0, resizing(batches.decoded.size, batches.preprocessing, device)
+            num_workers = 0
+            if batches.decoded.native:
+                self.resize = resizing(batches.decoded.size, batches.preprocessing, device)
         self.loader = torch.utils.data.DataLoader(
             batches,
             batch_size=None,  # an item is a whole micro-batch

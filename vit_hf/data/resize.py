@@ -65,11 +65,15 @@ def taps(size: int, resized: int, start: int, length: int, resample: int) -> tup
     return places[:used], weights[:used]
 
 
+def is_input(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
+    """Whether images of `size` (height, width) are the model's input as they are."""
+    return size == preprocessing.image_size and resized_sides(size[::-1], preprocessing) == size[::-1]
+
+
 def resizing(size: tuple[int, int], preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What makes the model's input, uint8 (B, H', W', C), of images of `size` (height, width) on a device, uint8 (B, H, W,
     C); images that are the input already are given back."""
-    height, width = preprocessing.image_size
-    if size == (height, width) and resized_sides((size[1], size[0]), preprocessing) == (width, height):
+    if is_input(size, preprocessing):
         return lambda pixels: pixels
     if device.type == "cpu":  # there is nothing faster than Pillow
         return lambda pixels: torch.from_numpy(resized_on_host(pixels.numpy(), preprocessing))
