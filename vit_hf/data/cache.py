@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -74,14 +74,12 @@ class Decoded:
         rows: int64 (n,), where each row of the set lies.
         bad: {row of the set: reason} of those that did not decode, which are black.
         native: whether images have their own size; else they are the model's input.
-        file: what `pixels` is mapped from.
     """
 
     pixels: np.ndarray
     rows: np.ndarray
     bad: dict[int, str]
     native: bool
-    file: BinaryIO | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -232,13 +230,13 @@ class _File:
         """
         reasons = self.reasons()
         try:
-            file = open(self.path, "rb")
+            with open(self.path, "rb") as file:
+                hold(file)  # for as long as it is mapped
+                if os.fstat(file.fileno()).st_size != self.size or reasons is None:
+                    return None
+                content = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
         except FileNotFoundError:
             return None
-        hold(file)
-        if os.fstat(file.fileno()).st_size != self.size or reasons is None:
-            return None
-        content = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
         states = content[self.states_at :][rows.source_rows]
         bad = dict(unread or {})
         for row in np.flatnonzero(states != DECODED).tolist():
@@ -250,7 +248,7 @@ class _File:
             labels = content[self.labels_at : self.states_at].view(LABEL)
             rows.labels = rows.number_of[labels[rows.source_rows]]
         pixels = content[: self.labels_at].reshape(-1, *self.way.size, 3)
-        return Decoded(pixels, rows.source_rows, bad, self.way.preprocessing is None, file)
+        return Decoded(pixels, rows.source_rows, bad, self.way.preprocessing is None)
 
 
 def _fill(file: _File, rows: Rows) -> dict[int, str]:

@@ -106,7 +106,7 @@ def make_room(folder: Path, key: str, needed: int) -> None:
 
 
 def hold(file: BinaryIO) -> None:
-    """Keeps an open file from being dropped, until it is closed or the process ends."""
+    """Keeps an open file from being dropped, until it is closed and no longer mapped, or the process ends."""
     if fcntl is not None:
         with contextlib.suppress(OSError):  # some network folders know no locks
             fcntl.flock(file, fcntl.LOCK_SH)
