@@ -8,6 +8,7 @@ import yaml
 
 from tests.runs import ROOT
 from vit_hf.arguments import (
+    CacheArguments,
     EvaluateArguments,
     FiguresArguments,
     PrepareArguments,
@@ -100,6 +101,8 @@ def test_documented_command(words):
         assert parse(FiguresArguments, words[2:], prog="figures", positional="model").output_dir
     elif words[:3] == ["vit-hf", "data", "show"]:
         parse(ShowArguments, words[3:], prog="show")
+    elif words[:3] == ["vit-hf", "data", "cache"]:
+        parse(CacheArguments, words[3:], prog="cache")
     elif words[:2] == ["vit-hf", "report"]:
         assert len(words) > 2 and {word for word in words if word.startswith("--")} <= {"--output_dir"}
     elif words[:2] == ["vit-hf", "models"]:
@@ -115,7 +118,7 @@ def test_documented_command(words):
 
 
 def test_flags_in_the_docs_exist():
-    classes = (RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
+    classes = (CacheArguments, RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
                 "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices"}  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, in_process, launch, lines, trajectory
+from tests.test_cache import small_set
 from tests.test_loader import PREPROCESSING, image_set, train_places
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.augment.pipeline import Augment
@@ -15,6 +16,7 @@ from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
+from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.table import TableRows
 from vit_hf.models.presets import from_preset
 
@@ -61,14 +63,14 @@ def test_batches_come_to_the_gpu_as_they_are_on_the_cpu():
     """Kept on the device, gathered on the host, and decoded by workers."""
     rows = TableRows(image_set(30))
     places = train_places(total_steps=5)
-    pixels = decoded(rows, PREPROCESSING)
+    kept = decoded(rows, PREPROCESSING)
     expected = list(DeviceBatches(ImageBatches(rows, PREPROCESSING), places, torch.device("cpu"), 0, Faults()))
-    resident = ImageBatches(rows, PREPROCESSING, pixels)
+    resident = ImageBatches(rows, PREPROCESSING, kept)
     resident.place_on_device(torch.device("cuda:0"))
     assert resident.on_device is not None
     for batches, workers in (
         (resident, 0),
-        (ImageBatches(rows, PREPROCESSING, pixels), 0),
+        (ImageBatches(rows, PREPROCESSING, kept), 0),
         (ImageBatches(rows, PREPROCESSING), 2),
     ):
         found = list(DeviceBatches(batches, places, torch.device("cuda:0"), workers, Faults()))
@@ -76,6 +78,18 @@ def test_batches_come_to_the_gpu_as_they_are_on_the_cpu():
         for one, other in zip(found, expected):
             assert one["pixel_values"].is_cuda and one["labels"].is_cuda and not one["index"].is_cuda
             assert all(torch.equal(one[name].cpu(), other[name]) for name in other)
+
+
+@pytest.mark.parametrize("preprocessing", [Preprocessing((224, 224)), Preprocessing((32, 32), 40, resample=3)])
+def test_images_of_one_size_are_resized_on_the_gpu_to_pillows_pixels(preprocessing):
+    rows, places = TableRows(small_set(30, ((32, 24),))), train_places(total_steps=5)
+    expected = list(DeviceBatches(ImageBatches(rows, preprocessing), places, torch.device("cpu"), 0, Faults()))
+    batches = ImageBatches(rows, preprocessing, decoded(rows, preprocessing))
+    batches.place_on_device(torch.device("cuda:0"))
+    assert batches.on_device.shape == (30, 32, 24, 3)
+    found = DeviceBatches(batches, places, torch.device("cuda:0"), 0, Faults())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["pixel_values"].cpu(), other["pixel_values"])
 
 
 def test_a_run_on_the_gpu_takes_the_course_of_the_cpu(tmp_path):

@@ -162,7 +162,7 @@ def test_repeated_samples_of_a_balanced_epoch_have_a_key_each():
 
 
 def test_the_flag_balances_what_a_run_is_handed():
-    rows = image_set(12).remove_columns("label").add_column("label", [0] * 9 + [1] * 2 + [2])
+    rows = TableRows(image_set(12).remove_columns("label").add_column("label", [0] * 9 + [1] * 2 + [2]))
     plan = StepPlan(3, 0, 4, 1, 0, 6, 1)
     for flag, counts in ((False, [18, 4, 2]), (True, [8, 8, 8])):
         settings = LoadingSettings(num_workers=0, class_balanced=flag)
@@ -226,9 +226,11 @@ def batches_of(tmp_path):
     """Batches over a dataset, decoded once or each time."""
 
     def make(dataset, preprocessing=PREPROCESSING, once=False, class_index=None, **options):
-        rows = TableRows(dataset, class_index)
-        pixels = decoded(rows, preprocessing, tmp_path) if once else None
-        return ImageBatches(rows, preprocessing, pixels, **options)
+        rows = TableRows(dataset)
+        if class_index is not None:
+            rows.renumber(class_index)
+        kept = decoded(rows, preprocessing, tmp_path) if once else None
+        return ImageBatches(rows, preprocessing, kept, **options)
 
     return make
 
@@ -514,7 +516,7 @@ def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation)
 
 def test_a_decoded_set_whose_crops_are_cut_later_is_whole():
     """The random crop takes the place of the centre; evaluation has the centre."""
-    rows, how = image_set(6), Preprocessing((10, 10), shortest_edge=14)
+    rows, how = TableRows(image_set(6)), Preprocessing((10, 10), shortest_edge=14)
     settings, device, crop = LoadingSettings(num_workers=0), torch.device("cpu"), RandomCrop("scale", 0.5)
     found = open_batches(rows, how, device, settings, crop=crop, training=True, keep=False)
     assert found.preprocessing == Preprocessing((10, 10)) and found.crop == crop

@@ -68,6 +68,9 @@ class LoadingArguments:
     dataloader_num_workers: str = flag(
         "auto", "worker processes of each rank that read and decode images that are not kept decoded", same_run=True
     )
+    decoded_cache: Literal["auto", "never"] = flag(
+        "auto", "decode a set once, into the cache of `datasets`, where it fits (docs/data.md)", same_run=True
+    )
     data_on_device: Literal["auto", "never"] = flag(
         "auto", "keep a decoded set in the memory of the GPU where it fits a fifth of it", same_run=True
     )
@@ -250,6 +253,14 @@ class PrepareArguments(DatasetArguments, SubsetArguments):
     shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
     jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
     num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
+
+
+@dataclass
+class CacheArguments:
+    """Flags of `vit-hf data cache`."""
+
+    clear: bool = flag(False, "remove them instead of listing them; what a running process uses stays")
+    dataset_name: str | None = flag(None, "only those of this set, as it was named when it was decoded")
 
 
 @dataclass

@@ -26,8 +26,9 @@ from vit_hf.arguments import (
 from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
+from vit_hf.data.cache import sampled_sizes
 from vit_hf.data.faults import Faults
-from vit_hf.data.feed import LoadingSettings, eval_batches, image_sizes, train_batches
+from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
 from vit_hf.data.order import StepPlan
 from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.rows.interface import Rows
@@ -93,13 +94,13 @@ def main_process_first(accelerator: accelerate.Accelerator, function: Callable[[
     return result if accelerator.is_main_process else function()
 
 
-def image_sizes_of(split: datasets.Dataset | Rows, accelerator: accelerate.Accelerator) -> list[tuple[int, int]]:
+def image_sizes_of(rows: Rows, accelerator: accelerate.Accelerator) -> list[tuple[int, int]]:
     """(height, width) of some images, the same on all processes: the main process looks; a user's error there ends all
     alike."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = image_sizes(split)
+            outcome[0] = sampled_sizes(rows)
         except UserError as error:
             outcome[1] = error.with_traceback(None)
     sizes, error = accelerate.utils.broadcast_object_list(outcome)
@@ -188,6 +189,7 @@ def loading_settings(args: Any) -> LoadingSettings:
     """How images come to the device."""
     return LoadingSettings(
         num_workers=parse_num_workers(args.dataloader_num_workers),
+        keep_decoded=args.decoded_cache == "auto",
         keep_on_device=args.data_on_device == "auto",
         on_bad_image=args.on_bad_image,
         shuffle_buffer_size=getattr(args, "shuffle_buffer_size", 0),
@@ -199,7 +201,7 @@ def loading_settings(args: Any) -> LoadingSettings:
 
 def make_train_batches(
     args: RunArguments,
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     plan: BatchPlan,
     schedule: Schedule,
@@ -209,7 +211,7 @@ def make_train_batches(
 ) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
     """The micro-batches of this process from `first_step` on, and whether the crop is left to the device."""
     batches, crops_on_device = train_batches(
-        split,
+        rows,
         preprocessing,
         StepPlan(
             seed=args.seed,
@@ -274,7 +276,7 @@ def make_augment(
 def make_evaluate(
     args: Any,
     engine: torch.nn.Module,
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     accelerator: accelerate.Accelerator,
     faults: Faults,
@@ -283,7 +285,7 @@ def make_evaluate(
 ) -> Callable[[], dict[str, float]]:
     """A function that evaluates the model as it then is; `class_index` and `keep` are those of `eval_batches`."""
     batches = eval_batches(
-        split,
+        rows,
         preprocessing,
         accelerator.device,
         loading_settings(args),
@@ -292,6 +294,7 @@ def make_evaluate(
         rank=accelerator.process_index,
         class_index=class_index,
         keep=keep,
+        say=accelerator.print,
     )
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)

@@ -95,7 +95,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         if model.config.num_channels != 3:
             raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
     preprocessing = make_preprocessing(
-        args, model.config.image_size, own, functools.partial(image_sizes_of, splits.train, accelerator)
+        args, model.config.image_size, own, functools.partial(image_sizes_of, splits.rows("train"), accelerator)
     )
     plan = plan_batches(args.global_batch_size, accelerator.num_processes, args.per_device_train_batch_size)
     schedule = make_schedule(
@@ -138,7 +138,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         functools.partial(append_event, output_dir),
     )
     batches, crops_on_device = make_train_batches(
-        args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
+        args, splits.rows("train"), preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
     try:
         train(
@@ -167,7 +167,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
                 schedule.first_step_of,
             ),
             objective=soft_cross_entropy,
-            evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
+            evaluate=make_evaluate(args, state.engine, splits.rows("eval"), preprocessing, accelerator, report.eval),
             extra_metrics=report.collect,
             mfu_scale=mfu_scale(accelerator, flops_per_image),
             training_flops_per_image=flops_per_image,

@@ -361,7 +361,8 @@ def test_imagenet_trains_from_a_stream(named, streamed):
     assert {path for path in imagenet.shards if "/validation-" in path} <= read
     assert any("/train-" in path for path in read)
     assert copies(home, imagenet) == [] and copies(folder, imagenet) == []
-    assert not list(home.rglob("vit_hf_pixels"))  # nor decoded
+    kept = [json.loads(path.read_text()) for path in home.rglob("vit_hf_pixels/*.json")]
+    assert [entry["split"] for entry in kept] == ["validation"]  # decoded once; not the training split
 
 
 def test_a_stream_evaluates_as_the_stored_set_does(named, streamed, tmp_path):

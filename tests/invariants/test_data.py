@@ -110,7 +110,7 @@ def test_a_decoded_set_is_shared_by_runs(run, tmp_path, monkeypatch):
     from vit_hf.data import cache
 
     run("pretrain", output_dir=tmp_path / "one", max_steps=2)
-    monkeypatch.setattr(cache, "_make", None)
+    monkeypatch.setattr(cache, "_fill", None)
     in_process("pretrain", **{**DEMO_DEFAULTS, "max_steps": 2, "output_dir": tmp_path / "two"})
     assert trajectory(tmp_path / "one") == trajectory(tmp_path / "two")
 

@@ -1,10 +1,11 @@
-"""`vit-hf data prepare` and `vit-hf data show`: a smaller copy of a set; what training makes of its images."""
+"""`vit-hf data`: a smaller copy of a set; what training makes of its images; the sets that are kept decoded."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import (
+    CacheArguments,
     PrepareArguments,
     ShowArguments,
     check_augmentation,
@@ -19,12 +20,13 @@ USAGE = """usage: vit-hf data COMMAND ...
 
 commands:
   prepare --dataset_name NAME --output_dir DIR   a copy of a set with smaller images, as parquet shards
-  show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them"""
+  show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
+  cache [--clear] [--dataset_name NAME]          the sets that are kept decoded, or their end"""
 
 
 def main(argv: list[str]) -> None:
-    """Copies a set with smaller images, or shows what training makes of one."""
-    commands = {"prepare": prepare, "show": show}
+    """Copies a set with smaller images, shows what training makes of one, or lists and clears what is kept decoded."""
+    commands = {"prepare": prepare, "show": show, "cache": cache}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -146,34 +148,34 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
     import dataclasses
     import functools
 
-    import datasets
     import numpy as np
     import torch
 
     from vit_hf.data.batches import ImageBatches
-    from vit_hf.data.cache import worth_decoding
-    from vit_hf.data.feed import image_sizes, open_batches
+    from vit_hf.data.cache import sampled_sizes
+    from vit_hf.data.feed import open_batches
     from vit_hf.data.order import BatchIndices, epoch_order
     from vit_hf.data.rows.parquet import ParquetRows
-    from vit_hf.data.rows.table import TableRows
     from vit_hf.parts import loading_settings, make_augment, make_preprocessing
 
-    preprocessing = make_preprocessing(args, size, own, functools.partial(image_sizes, splits.train))
+    rows = splits.rows("train")
+    preprocessing = make_preprocessing(args, size, own, functools.partial(sampled_sizes, rows))
     crop = parse_random_crop(args.random_crop)
     device = torch.device("cpu")
-    crops = crop.while_decoding
-    rows = splits.train
-    if isinstance(rows, datasets.Dataset):
-        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crop)
-    elif isinstance(rows, ParquetRows):
+    if isinstance(rows, ParquetRows):
         rows.held_rows = len(rows)  # the few that are shown are read once
     settings = dataclasses.replace(loading_settings(args), keep_on_device=False)
     make = functools.partial(
         open_batches, rows, preprocessing, device, settings, seed=args.seed, training=True, keep=False
     )
-    batches, plain = make(crop=crop) if crops else make(), make()
+    batches, plain = make(crop=crop), make()
     augment = make_augment(  # the steps are counted in epochs: one of each is shown
-        args, preprocessing, len(splits.class_names), device, not crops, first_step_of=lambda epoch: epoch
+        args,
+        preprocessing,
+        len(splits.class_names),
+        device,
+        crops_on_device=batches.crop.kind == "none",
+        first_step_of=lambda epoch: epoch,
     )
     mean, std = (numbers[:, None, None] for numbers in (augment.mean, augment.std))
     index = epoch_order(args.seed, 0, len(batches))[:images]
@@ -199,3 +201,38 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
         first["labels"].tolist(),
         torch.stack(targets, dim=1).numpy(),
     )
+
+
+def cache(argv: list[str]) -> None:
+    """Lists the sets that are kept decoded (set, split, size in pixels, rows of the split, megabytes on the disk, last
+    use), or removes them, all or those of one set."""
+    args = parse(CacheArguments, argv, prog="vit-hf data cache", description=cache.__doc__)
+    from vit_hf.data.cache_folder import CACHE_BYTES, DIGESTS, cache_folder, cached_sets, drop
+
+    folder = cache_folder()
+    entries = cached_sets(folder)
+    names = sorted({entry.description.get("set") or "-" for entry in entries})
+    if args.dataset_name is not None:
+        if args.dataset_name not in names:
+            raise UserError(f"--dataset_name {args.dataset_name}: is not kept, allowed is one of {', '.join(names)}")
+        entries = [entry for entry in entries if entry.description.get("set") == args.dataset_name]
+    elif args.clear:
+        entries += cached_sets(cache_folder(name=DIGESTS))  # of the subset filter, small
+    if not entries:
+        print(f"{folder} holds no decoded sets")
+        return
+    if args.clear:
+        dropped = [drop(entry) for entry in entries]
+        freed = sum(entry.size_bytes for entry, done in zip(entries, dropped, strict=True) if done)
+        in_use = f"; {dropped.count(False)} are in use and stay" if not all(dropped) else ""
+        print(f"{dropped.count(True)} removed, {freed / 1e6:.1f} MB{in_use}")
+        return
+    print(f"{'set':30} {'split':12} {'pixels':>11} {'rows':>9} {'MB':>9}  last used")
+    for entry in entries:
+        about = entry.description
+        size = " x ".join(map(str, about.get("size", ["-"])))
+        shown = f"{about.get('set') or '-':30} {about.get('split') or '-':12} {size:>11} {about.get('rows', '-'):>9}"
+        in_use = ", in use" if entry.in_use else ""
+        print(f"{shown} {entry.size_bytes / 1e6:9.1f}  {entry.used:%Y-%m-%d %H:%M}{in_use}")
+    total = sum(entry.size_bytes for entry in entries)
+    print(f"{total / 1e6:.1f} MB in {folder}; above {CACHE_BYTES >> 30} GiB what was used longest ago is dropped")

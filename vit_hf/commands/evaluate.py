@@ -54,11 +54,15 @@ def main(argv: list[str]) -> None:
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
     size = size if own is None else own.image_size
-    preprocessing = make_preprocessing(args, size, own, functools.partial(image_sizes_of, splits.eval, accelerator))
+    preprocessing = make_preprocessing(
+        args, size, own, functools.partial(image_sizes_of, splits.rows("eval"), accelerator)
+    )
     accelerator.print(f"preprocessing: {preprocessing}")
     report = DataReport(accelerator, args.on_bad_image)
     model.to(accelerator.device).eval()
-    run = make_evaluate(args, model, splits.eval, preprocessing, accelerator, report.eval, class_index, keep=False)
+    run = make_evaluate(
+        args, model, splits.rows("eval"), preprocessing, accelerator, report.eval, class_index, keep=False
+    )
     with accelerator.autocast():
         results = run()
     results |= report.collect()

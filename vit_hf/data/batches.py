@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.augment.crops import resized_crop_boxes
+from vit_hf.data.cache import Decoded
 from vit_hf.data.decode import decode_row
 from vit_hf.data.order import BatchIndices
 from vit_hf.data.preprocessing import Preprocessing
@@ -23,11 +24,12 @@ DEVICE_SHARE = 0.2  # of a device's memory: a decoded set that takes no more is 
 class ImageBatches(torch.utils.data.Dataset):
     """Micro-batches on the host: batches[wanted] -> {pixel_values uint8 (B, H, W, C), labels, visit, index int64 (B,),
     valid bool (B,)}, and beside them "bad", the rows that did not decode, {row: reason}, "retried", and "error", a line
-    that ends the run or None. Of a set that lies on the device, `rows` (B,) take the place of pixel_values.
+    that ends the run or None. Images of a decoded set have the size at which they are kept. Of a set that lies on the
+    device, `rows` (B,) take the place of pixel_values.
 
     Args:
         rows: a table, a stream or a formula.
-        pixels: all of it, decoded (cache.py), and the rows that did not decode; None decodes batch by batch.
+        decoded: all of it (cache.py); None decodes batch by batch.
         crop: the random crop, where it is cut while decoding.
         on_bad_image: `raise`, or `skip`: a training row is replaced by another, chosen from (seed, visit, index); an
             evaluation row does not count.
@@ -38,7 +40,7 @@ class ImageBatches(torch.utils.data.Dataset):
         self,
         rows: Rows,
         preprocessing: Preprocessing,
-        pixels: tuple[np.ndarray, dict[int, str]] | None = None,
+        decoded: Decoded | None = None,
         *,
         seed: int = 0,
         crop: RandomCrop = RandomCrop(),
@@ -47,7 +49,7 @@ class ImageBatches(torch.utils.data.Dataset):
     ):
         self.rows, self.preprocessing, self.seed = rows, preprocessing, seed
         self.crop, self.on_bad_image, self.training = crop, on_bad_image, training
-        self.pixels, self.bad = pixels if pixels is not None else (None, {})
+        self.decoded, self.bad = decoded, {} if decoded is None else decoded.bad
         self.on_device: Tensor | None = None
         if self.bad and on_bad_image == "raise":
             raise self.error(self.bad)
@@ -66,13 +68,13 @@ class ImageBatches(torch.utils.data.Dataset):
 
     def place_on_device(self, device: torch.device) -> None:
         """Moves a decoded set to the device, where it fits DEVICE_SHARE of its memory."""
-        if self.pixels is None or device.type != "cuda":
+        if self.decoded is None or device.type != "cuda":
             return
         free, total = torch.cuda.mem_get_info(device)
-        if self.pixels.nbytes <= min(DEVICE_SHARE * total, free / 2):
-            self.on_device = torch.empty(self.pixels.shape, dtype=torch.uint8, device=device)
-            for start in range(0, len(self.pixels), 8192):
-                part = torch.from_numpy(self.pixels[start : start + 8192].copy())
+        if self.decoded.nbytes <= min(DEVICE_SHARE * total, free / 2):
+            self.on_device = torch.empty((len(self), *self.decoded.size, 3), dtype=torch.uint8, device=device)
+            for start in range(0, len(self), 8192):
+                part = torch.from_numpy(self.decoded[start : start + 8192])
                 self.on_device[start : start + len(part)] = part.to(device)
             torch.cuda.synchronize(device)  # it is read on another stream
 
@@ -80,14 +82,14 @@ class ImageBatches(torch.utils.data.Dataset):
         bad: dict[int, str] = {}
         index, valid, error, batch = wanted.index.copy(), wanted.valid.copy(), None, {}
         try:
-            if self.pixels is None:
+            if self.decoded is None:
                 pixels, labels = self._decode(wanted, valid, bad)
                 batch["pixel_values"] = torch.from_numpy(pixels)
             else:
                 self._pass_over(wanted, index, valid, bad)
                 labels = self.rows.labels[index]
                 if self.on_device is None:
-                    batch["pixel_values"] = torch.from_numpy(self.pixels[index])
+                    batch["pixel_values"] = torch.from_numpy(self.decoded[index])
                 else:
                     batch["rows"] = torch.from_numpy(index)
             batch["labels"] = torch.from_numpy(labels)

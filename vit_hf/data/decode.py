@@ -118,17 +118,20 @@ def _eight_bits(samples: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.minimum((samples - low) * (256 / (high - low)), 255).astype(np.uint8)
 
 
+def resized_sides(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """(width, height) to which an image of (width, height) is resized, before its centre is cut."""
+    if preprocessing.shortest_edge is None:
+        height, width = preprocessing.resized or preprocessing.image_size
+        return width, height
+    short, long = sorted(size)
+    sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
+    return sides if size[0] <= size[1] else sides[::-1]
+
+
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resizes (and centre-crops) as the image processor does: uint8 (H, W, 3)."""
     height, width = preprocessing.image_size
-    if preprocessing.shortest_edge is None:
-        resized_height, resized_width = preprocessing.resized or (height, width)
-        sides = (resized_width, resized_height)
-    else:
-        short, long = sorted(image.size)
-        sides = (preprocessing.shortest_edge, int(preprocessing.shortest_edge * long / short))
-        sides = sides if image.width <= image.height else sides[::-1]
-    image = _resize(image, sides, preprocessing.resample)
+    image = _resize(image, resized_sides(image.size, preprocessing), preprocessing.resample)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
@@ -201,7 +204,7 @@ def simple_crop_to_pixels(
 
 def decode_row(
     value: Any,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
     box_of: Callable[[tuple[int, int]], tuple[float, float, float, float]] | None = None,
     place: np.ndarray | None = None,
     padding: int = 0,
@@ -211,10 +214,13 @@ def decode_row(
 
     Args:
         value: an undecoded row, or pixels, uint8 (H, W, 3), of a set that is rendered and not stored.
+        preprocessing: None leaves the image at its own size.
         box_of, bicubic: as for `crop_to_pixels`. place, padding: as for `simple_crop_to_pixels`. None takes the whole
             image, resized as the preprocessing says.
     """
     try:
+        if preprocessing is None:
+            return np.asarray(open_image(value))
         if box_of is not None:
             return crop_to_pixels(value, box_of, preprocessing, bicubic)
         if place is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.faults import Faults
+from vit_hf.data.resize import resizing
 from vit_hf.errors import UserError
 
 AHEAD = 2  # micro-batches that wait on the device
@@ -41,7 +42,7 @@ def _end_workers() -> None:
 
 
 class DeviceBatches:
-    """The micro-batches of an order, on the device: pixel_values uint8 (B, C, H, W), labels int64, valid bool (B,); visit
+    """The micro-batches of an order, on the device, as the model's input: pixel_values uint8 (B, C, H, W), labels int64, valid bool (B,); visit
     and index stay on the host. Each `iter` starts at the first one.
 
     Args:
@@ -69,13 +70,17 @@ class DeviceBatches:
         self.batches, self.device, self.faults = batches, device, faults
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
-        workers = 0 if batches.pixels is not None else num_workers
+        self.resize = None
+        if batches.decoded is not None:
+            num_workers = 0
+            if batches.decoded.native:
+                self.resize = resizing(batches.decoded.size, batches.preprocessing, device)
         self.loader = torch.utils.data.DataLoader(
             batches,
             batch_size=None,  # an item is a whole micro-batch
             sampler=order,
-            num_workers=workers,
-            persistent_workers=workers > 0,  # evaluation comes again and again
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,  # evaluation comes again and again
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or else it would draw from the one that dropout uses
             worker_init_fn=_in_worker,
@@ -151,6 +156,8 @@ class DeviceBatches:
                 batch[name] = batch[name].to(self.device, non_blocking=True)
         if "rows" in batch:
             batch["pixel_values"] = self.batches.on_device.index_select(0, batch.pop("rows"))
+        if self.resize is not None:
+            batch["pixel_values"] = self.resize(batch["pixel_values"])
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
         return batch, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 

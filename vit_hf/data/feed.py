@@ -7,12 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import datasets
 import torch
 
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
-from vit_hf.data.cache import decoded, sampled_sizes, worth_decoding
+from vit_hf.data.cache import NotKept, decoded, worth_decoding
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import usable_cores
@@ -29,10 +28,12 @@ class LoadingSettings:
 
     Args:
         num_workers: processes of each rank that read and decode; None takes this process's share of the cores.
+        keep_decoded: whether what fits is decoded once.
         keep_on_device: whether a decoded training set may lie in the memory of the device.
     """
 
     num_workers: int | None = None
+    keep_decoded: bool = True
     keep_on_device: bool = True
     on_bad_image: str = "raise"
     shuffle_buffer_size: int = 10_000
@@ -50,13 +51,8 @@ def workers_per_process(asked: int | None, num_processes: int) -> int:
     return min(16, max(1, usable_cores() // on_this_machine))
 
 
-def image_sizes(split: datasets.Dataset | Rows) -> list[tuple[int, int]]:
-    """(height, width) of some images of a split: evenly over a table, the first ones of a stream."""
-    return sampled_sizes(TableRows(split) if isinstance(split, datasets.Dataset) else split)
-
-
 def open_batches(
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     device: torch.device,
     settings: LoadingSettings,
@@ -66,31 +62,38 @@ def open_batches(
     training: bool = False,
     class_index: list[int] | None = None,
     keep: bool = True,
+    say: Callable[[str], None] = print,
 ) -> ImageBatches:
     """A split's micro-batches on the host, decoded once where that pays.
 
     Args:
-        crop: the random crop; a decoded set leaves it to the device.
+        crop: the random crop; it is left to the device (the batches have none) where a set is worth decoding once, whether
+            or not it is.
         class_index: another number for each label.
         keep: False decodes anew each time, for a set that is gone through once.
     """
-    pixels = None
+    if class_index is not None:
+        rows.renumber(class_index)
     if crop.while_decoding:  # the crop takes the place of the centre
         preprocessing = preprocessing.whole_image()
-    if isinstance(split, datasets.Dataset):
-        rows: Rows = TableRows(split, class_index)
-        if keep and worth_decoding(rows, preprocessing, crop):
-            pixels = decoded(rows, preprocessing)
-    else:
-        rows = split
-        if class_index is not None:
-            rows.renumber(class_index)
+    kept = None
+    if isinstance(rows, TableRows) or not training:  # a training stream is larger than the disk
+        keep = keep and settings.keep_decoded
+        if (keep or crop.while_decoding) and worth_decoding(rows, preprocessing, crop):
+            crop = RandomCrop()
+            try:
+                kept = decoded(rows, preprocessing).resized(preprocessing) if keep else None
+            except NotKept as reason:
+                say(
+                    f"note: decoded images are not kept ({reason}); they are decoded batch by batch. Make room, or set "
+                    "HF_DATASETS_CACHE to a folder on a larger disk"
+                )
     batches = ImageBatches(
         rows,
         preprocessing,
-        pixels,
+        kept,
         seed=seed,
-        crop=RandomCrop() if pixels is not None else crop,
+        crop=crop,
         on_bad_image=settings.on_bad_image,
         training=training,
     )
@@ -100,7 +103,7 @@ def open_batches(
 
 
 def train_batches(
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     plan: StepPlan,
     device: torch.device,
@@ -111,27 +114,28 @@ def train_batches(
     say: Callable[[str], None] = print,
 ) -> tuple[DeviceBatches, bool]:
     """The micro-batches of this process at the steps of the plan, and whether the crop is left to the device."""
-    batches = open_batches(split, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True)
+    batches = open_batches(rows, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True, say=say)
     workers = workers_per_process(settings.num_workers, plan.num_processes)
-    if isinstance(split, ParquetRows):
-        shards = split.shards()
+    if isinstance(rows, ParquetRows):
+        shards = rows.shards()
         if settings.num_workers is None:
             workers = max(1, min(workers, len(shards) // plan.num_processes))
-        split.hold(settings.shuffle_buffer_size, workers)
+        rows.hold(settings.shuffle_buffer_size, workers)
         order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
     else:
         labels = batches.rows.labels if settings.class_balanced else None
         order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats, labels=labels)
-    if batches.pixels is not None:
-        where = "on the device" if batches.on_device is not None else "mapped from the cache"
-        say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
+    if batches.decoded is not None:
+        where = "on the device" if batches.on_device is not None else "in memory"
+        height, width = batches.decoded.size
+        say(f"images: decoded once, {width} x {height} pixels, {batches.decoded.nbytes / 1e6:.0f} MB {where}")
     else:
         say(f"images: read and decoded batch by batch, {workers} workers a process")
-    return DeviceBatches(batches, order, device, workers, faults), batches.pixels is not None
+    return DeviceBatches(batches, order, device, workers, faults), batches.crop.kind == "none"
 
 
 def eval_batches(
-    split: datasets.Dataset | Rows,
+    rows: Rows,
     preprocessing: Preprocessing,
     device: torch.device,
     settings: LoadingSettings,
@@ -141,6 +145,7 @@ def eval_batches(
     rank: int,
     class_index: list[int] | None = None,
     keep: bool = True,
+    say: Callable[[str], None] = print,
 ) -> DeviceBatches:
     """The evaluation batches of this process, each sample once over all processes; what can be kept decoded is decoded
     once.
@@ -149,7 +154,7 @@ def eval_batches(
         class_index: the model's index of each class of the dataset, where they differ.
         keep: whether they will be gone through again and again.
     """
-    batches = open_batches(split, preprocessing, device, settings, class_index=class_index, keep=keep)
+    batches = open_batches(rows, preprocessing, device, settings, class_index=class_index, keep=keep, say=say)
     workers = workers_per_process(settings.num_workers, num_processes)
     order = EvalOrder(
         num_samples=len(batches),

@@ -4,19 +4,29 @@ An image is a row of an `Image(decode=False)` column, {"bytes", "path"}, or its 
 over a table of `datasets`, parquet.py over remote files, fractals.py over formulas.
 """
 
+import copy
 from typing import Any, Protocol
 
 import numpy as np
 
 
 class Rows(Protocol):
-    """What can be read by index."""
+    """What can be read by index: some rows of a split, the source."""
 
     retried: list[str]  # one line for each read that had to be tried again, until somebody takes them
+    source_rows: np.ndarray  # int64 (n,), which rows of the source they are
+    source_name: tuple[str, str]  # set and split, as a user names them
+
+    @property
+    def num_source_rows(self) -> int: ...
 
     def __len__(self) -> int: ...
 
     def read(self, index: np.ndarray) -> tuple[list[Any], np.ndarray]: ...
+
+    def renumber(self, class_index: list[int]) -> None: ...
+
+    def source_state(self) -> list[str]: ...  # what identifies the content of the source
 
 
 class LazyRows:
@@ -30,8 +40,15 @@ class LazyRows:
     def __init__(self, num_rows: int, class_names: list[str]):
         self.class_names = class_names
         self.number_of = np.arange(len(class_names))  # for each label the number it is trained under
-        self.source_rows = np.arange(num_rows)
+        self.source_rows, self.num_source_rows = np.arange(num_rows), num_rows
+        self.source_name = ("", "")
         self.retried: list[str] = []
+
+    def as_stored(self) -> "LazyRows":
+        """The same rows with the labels of the source."""
+        rows = copy.copy(self)
+        rows.number_of = np.arange(len(self.class_names))
+        return rows
 
     def __len__(self) -> int:
         return len(self.source_rows)

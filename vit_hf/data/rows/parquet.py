@@ -51,7 +51,8 @@ class ParquetRows(LazyRows):
         self.group_file = np.repeat(np.arange(len(files)), [len(groups) for groups in sizes])
         self.group_number = np.concatenate([np.arange(len(groups)) for groups in sizes]).astype(np.int64)
         self.group_start = np.cumsum([0, *(rows for groups in sizes for rows in groups)])
-        self.source_rows = np.arange(self.group_start[-1])
+        self.num_source_rows = int(self.group_start[-1])
+        self.source_rows = np.arange(self.num_source_rows)
         self._groups: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._open: collections.OrderedDict[int, pq.ParquetFile] = collections.OrderedDict()
 
@@ -126,6 +127,18 @@ class ParquetRows(LazyRows):
         if missing:
             raise UserError(f"{name}: has no column {', '.join(sorted(missing))}")
         return footer
+
+    def source_state(self) -> list[str]:
+        """The shards' names with size and date or tag of each; a name on the Hub holds the commit."""
+
+        def state(name: str) -> str:
+            filesystem, path = fsspec.core.url_to_fs(name)
+            info = patiently(lambda: filesystem.info(path), name, self.retried)
+            tags = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified")
+            return " ".join([name, *(str(info[tag]) for tag in tags if tag in info), *self.columns])
+
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(state, self.files))
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay with the process that opened them."""

@@ -3,6 +3,7 @@
 Must not know: pixels, epochs, processes.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -13,23 +14,50 @@ from vit_hf.data.rows.retries import patiently
 from vit_hf.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the rows of a table come from.
+
+    Args:
+        images: the whole source split, with the column `image`.
+        rows: int64 (n,), which of its rows they are.
+        name: (set, split), as a user names them.
+    """
+
+    images: datasets.Dataset
+    rows: np.ndarray
+    name: tuple[str, str]
+
+
 class TableRows:
     """The rows of a `datasets.Dataset` with the columns `image` (undecoded) and `label`.
 
     Args:
-        class_index: another number for each label.
+        source: the split that they were chosen from; None: all of them are one of their own.
     """
 
-    def __init__(self, dataset: datasets.Dataset, class_index: list[int] | None = None):
-        self.dataset = dataset
-        self.images = dataset.select_columns(["image"]).with_format("arrow")
+    def __init__(self, dataset: datasets.Dataset, source: Source | None = None):
+        images = dataset.select_columns(["image"])
+        source = source or Source(images, np.arange(len(dataset)), ("", ""))
+        self.source, self.source_rows, self.source_name = source.images, source.rows, source.name
+        self.images = images.with_format("arrow")
         self.labels = dataset.with_format("numpy")["label"][:].astype(np.int64)
-        if class_index is not None:
-            self.labels = np.asarray(class_index)[self.labels]
         self.retried: list[str] = []
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_source_rows(self) -> int:
+        return len(self.source)
+
+    def source_state(self) -> list[str]:
+        """What identifies the content of the source split."""
+        return source_state(self.source)
+
+    def renumber(self, class_index: list[int]) -> None:
+        """Gives each label another number."""
+        self.labels = np.asarray(class_index)[self.labels]
 
     def read(self, index: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
         """The images {"bytes", "path"} and labels int64 (B,) at `index`. A file that cannot be read stays a path, and

@@ -491,6 +491,10 @@ class FractalRows(LazyRows):
         self.systems = fractal_classes(options)
         super().__init__(num_images(options, split), class_names(options))
 
+    def source_state(self) -> list[str]:
+        """The options and the version of the set."""
+        return [repr(self.options), self.split, str(FractalsBuilder.VERSION)]
+
     def read(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Draw rows: integers (B,) -> the B pictures, uint8 (H, W, 3) each, and their labels, int64 (B,).
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vit_hf.data.rows.table import Source
 from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, encode_labels, find_columns
 from vit_hf.data.sets.digits import load_digits_splits
 from vit_hf.data.sets.fractals import load_fractal_splits, parse_options
@@ -51,6 +52,7 @@ class _Split:
     labels: np.ndarray  # int64 (N,), over all source rows
     rows: np.ndarray  # int64 (n,), ascending
     origin: Origin  # of all source rows
+    source_name: str  # as the set names it
 
 
 def load_image_splits(
@@ -128,6 +130,9 @@ def load_image_splits(
         check_untrained(train.labels[train_rows], evaluation.labels[eval_rows], class_names, subset, notes)
         train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, split_seed)]
     eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, split_seed)]
+    sources = {"eval": Source(evaluation.images, eval_rows, (dataset_name, evaluation.source_name))}
+    if need_train:
+        sources["train"] = Source(train.images, train_rows, (dataset_name, train.source_name))
     return ImageSplits(
         train=_finish(train, train_rows, kept, class_names) if need_train else None,
         eval=_finish(evaluation, eval_rows, kept, class_names),
@@ -138,6 +143,7 @@ def load_image_splits(
         notes=notes,
         train_origin=train.origin.at(train_rows) if need_train else None,
         eval_origin=evaluation.origin.at(eval_rows),
+        sources=sources,
     )
 
 
@@ -205,7 +211,7 @@ def _read_splits(
         rows, table = np.arange(len(labels[name])), None
         if carries_origin(source[name].features):
             table = source[name].select_columns(list(SOURCE_COLUMNS)).with_format("arrow")[:]
-        splits[name] = _Split(name, images, labels[name], rows, Origin(rows, table, images, cache_dir))
+        splits[name] = _Split(name, images, labels[name], rows, Origin(rows, table, images, cache_dir), name)
     return splits, class_names
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 
 from vit_hf.data.rows.interface import Rows
+from vit_hf.data.rows.table import Source, TableRows
 from vit_hf.data.sets.columns import has_labels
 from vit_hf.data.sets.origin import Origin, carries_origin
 from vit_hf.errors import UserError
@@ -25,7 +26,8 @@ class ImageSplits:
     `train_split` and `eval_split` name the source's splits, or say how a split was made. `subset` is {} or holds
     `rule`, `subset_hash` (over the numbers of the rows in the source split) and `train_samples` (rows kept by the rule,
     before any trial draw). `notes` are sentences that the run should say. The origins say where each row of a stored
-    split comes from; None: it is a row of its own number.
+    split comes from; None: it is a row of its own number. `sources` says which rows of which splits `train` and `eval`
+    are.
     """
 
     train: datasets.Dataset | Rows | None
@@ -37,6 +39,12 @@ class ImageSplits:
     notes: list[str] = dataclasses.field(default_factory=list)
     train_origin: Origin | None = None
     eval_origin: Origin | None = None
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+
+    def rows(self, which: str) -> Rows:
+        """The split `train` or `eval` by index."""
+        split = getattr(self, which)
+        return TableRows(split, self.sources.get(which)) if isinstance(split, datasets.Dataset) else split
 
 
 class Heads(dict):

@@ -100,6 +100,7 @@ def load_streamed(
         train.keep(draw_samples(len(train), max_train_samples, split_seed))
         if len(train) == 0:
             raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(heads)}")
+    evaluation.source_name = (name, eval_name)
     evaluation.keep(draw_samples(len(evaluation), max_eval_samples, split_seed))
     train_name = train_name if need_train else None
     return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
