@@ -88,7 +88,7 @@ class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
     """What is done to each image."""
 
     shuffle_buffer_size: int = flag(
-        10000, "images that the workers of a process mix when it streams, each its share", low=1
+        32768, "images that a stream mixes, in the memory of all processes together", low=1
     )
     image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
     image_mean: str | None = flag(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
+import numpy as np
 import torch
 
 from vit_hf.data.batches import ImageBatches
@@ -15,7 +16,7 @@ from vit_hf.data.cache import decoded, worth_decoding
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import usable_cores
-from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder
+from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder, stream_shape
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.parquet import ParquetRows
@@ -34,7 +35,7 @@ class LoadingSettings:
     num_workers: int | None = None
     keep_on_device: bool = True
     on_bad_image: str = "raise"
-    shuffle_buffer_size: int = 10_000
+    shuffle_buffer_size: int = 32_768
     aug_repeats: int = 1
     eval_batch_size: int = 128
 
@@ -106,20 +107,22 @@ def train_batches(
         split, preprocessing, device, settings, seed=plan.seed, crop_scale=crop_scale, training=True
     )
     workers = workers_per_process(settings.num_workers, plan.num_processes)
+    pieces, how = 1, ""
     if isinstance(split, ParquetRows):
-        shards = split.shards()
-        if settings.num_workers is None:
-            workers = max(1, min(workers, len(shards) // plan.num_processes))
-        split.hold(settings.shuffle_buffer_size, workers)
-        order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
+        groups = split.groups()
+        num_streams, _ = stream_shape(groups, settings.shuffle_buffer_size)
+        workers = min(workers, max(1, num_streams // plan.num_processes))  # another one would have no stream
+        order = StreamOrder(plan, groups=groups, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
+        split.held_rows, pieces = order.held_rows, order.pieces
+        how = f" ({num_streams} streams of row groups of up to {np.diff(groups).max()} rows)"
     else:
         order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats)
     if batches.pixels is not None:
         where = "on the device" if batches.on_device is not None else "mapped from the cache"
         say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
     else:
-        say(f"images: read and decoded batch by batch, {workers} workers a process")
-    return DeviceBatches(batches, order, device, workers, faults), batches.pixels is not None
+        say(f"images: read and decoded batch by batch, {workers} workers a process{how}")
+    return DeviceBatches(batches, order, device, workers, faults, pieces=pieces), batches.pixels is not None
 
 
 def eval_batches(

@@ -3,6 +3,7 @@
 import functools
 
 import datasets
+import numpy as np
 
 from vit_hf.data.rows.parquet import ParquetRows, head, parquet_splits
 from vit_hf.data.sets.columns import find_columns, renumbered
@@ -20,6 +21,9 @@ from vit_hf.data.sets.names import (
 )
 from vit_hf.data.sets.subset import draw_samples, keep_fraction, subset_hash
 from vit_hf.errors import UserError
+
+LOOKED_AT = 8  # row groups
+FEW = 2 / 3  # of the classes that they would hold in random order; by chance alone a group hardly falls below 0.9
 
 
 def load_streamed(
@@ -72,6 +76,8 @@ def load_streamed(
     train, record = None, {}
     if need_train:
         train = open_split(train_name)
+        if isinstance(train, ParquetRows):
+            notes += _sorted_rows(train, train_name, name)
         if not subset.is_empty:
             kept = keep_fraction(len(train), subset.fraction, subset.seed)
             record = {"rule": subset.describe(), "subset_hash": subset_hash(kept), "train_samples": len(kept)}
@@ -83,6 +89,27 @@ def load_streamed(
     evaluation.keep(draw_samples(len(evaluation), max_eval_samples, seed))
     train_name = train_name if need_train else None
     return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
+
+
+def _sorted_rows(rows: ParquetRows, split: str, name: str) -> list[str]:
+    """A sentence where rows of one class lie together. A few row groups, spread over the split, are held against
+    themselves in random order: a group of n rows would then hold sum(1 - (1 - share of the class)^n) classes."""
+    looked_at = np.unique(np.linspace(0, len(rows.group_file) - 1, LOOKED_AT).astype(np.int64))
+    labels = [found for found in rows.labels_of(looked_at) if len(found)]
+    if len(labels) < 2:
+        return []
+    _, counts = np.unique(np.concatenate(labels), return_counts=True)
+    shares = counts / counts.sum()
+    found = np.mean([len(np.unique(group)) for group in labels])
+    mixed = np.mean([np.sum(1 - (1 - shares) ** len(group)) for group in labels])
+    if found >= FEW * mixed:
+        return []
+    return [
+        f"The rows of {split} lie sorted by class: a row group of {np.mean([len(group) for group in labels]):.0f} rows "
+        f"holds {found:.1f} classes, and would hold {mixed:.1f} if the {len(labels)} that were looked at were mixed. "
+        "A stream mixes only as many rows as --shuffle_buffer_size says; "
+        f"`vit-hf data prepare --dataset_name {name} --output_dir FOLDER` writes a copy in random order."
+    ]
 
 
 def _find_shards(
