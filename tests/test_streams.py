@@ -218,7 +218,9 @@ def equal_groups(num_groups, rows=100) -> np.ndarray:
     "num_groups, rows, buffer_size, shape",
     [
         (13000, 100, 32768, (256, 1)),  # ImageNet, by default
-        (13000, 100, 100_000, (256, 3)),
+        (13000, 100, 102_400, (1024, 1)),
+        (13000, 100, 80_000, (512, 1)),
+        (13000, 10, 32768, (1024, 3)),
         (13000, 100, 10_000, (64, 1)),
         (50, 1000, 32768, (8, 4)),  # few row groups
         (7, 5000, 32768, (1, 6)),
@@ -251,14 +253,15 @@ def test_workers_do_not_read_the_row_groups_of_others(world, workers, most, per_
     assert pairs_ <= most * len(seen) + 256
 
 
-@pytest.mark.parametrize("batch_size", [64, 256])
-def test_batches_of_a_sorted_set_hold_the_classes_of_a_random_batch(batch_size):
-    """1,281,000 rows of 1,000 classes, sorted, in row groups of 100, as ImageNet has them, with the default buffer."""
-    buffer_size = LoadingSettings().shuffle_buffer_size
-    assert buffer_size == TrainDefaults().shuffle_buffer_size
+@pytest.mark.parametrize("batch_size, buffer_size", [(64, None), (256, None), (1024, 102_400)])
+def test_batches_of_a_sorted_set_hold_the_classes_of_a_random_batch(batch_size, buffer_size):
+    """1,281,000 rows of 1,000 classes, sorted, in row groups of 100, as ImageNet has them: with the default buffer, and
+    with one that holds as many row groups as a larger batch has images."""
+    buffer_size = buffer_size or LoadingSettings().shuffle_buffer_size
+    assert LoadingSettings().shuffle_buffer_size == TrainDefaults().shuffle_buffer_size
     groups = equal_groups(12_810)
     order = stream_order(0, 1, groups, *stream_shape(groups, buffer_size))
-    batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[::50] // 1281
+    batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[:: 12_800 // batch_size] // 1281
     found = np.array([len(set(batch)) for batch in batches.tolist()])
     expected = 1000 * (1 - 0.999**batch_size)
     assert found.min() > 0.8 * expected and found.mean() > 0.95 * expected
@@ -279,7 +282,7 @@ def sorted_shards(path, num_classes=50, each=40):
             table.to_parquet(path / f"data/{split}-{number}.parquet", batch_size=10)
 
 
-def test_a_sorted_set_trains_on_mixed_batches_and_is_noted(tmp_path):
+def test_a_sorted_set_trains_on_mixed_batches(tmp_path):
     """On the whole path, from a folder to batches."""
     sorted_shards(tmp_path)
     splits = load_image_splits(str(tmp_path), streaming=True)

@@ -118,18 +118,18 @@ class EvalOrder:
 
 
 DISPLACE = 200  # the use of a row's randomness
-MAX_STREAMS = 256
-PARTS = 4  # row groups of a stream at least: one of them is cut at each end, and a cut one is read twice
+MAX_STREAMS = 1024
+PARTS = 4  # row groups of a stream at least: the cut between two streams goes through one, which is then read twice
 
 
 class StreamOrder:
     """The micro-batches of one process, in pieces for its workers, of a set that is read row group by row group.
 
     Each epoch puts the row groups into an order drawn from (seed, epoch) and cuts that row of rows into equally long
-    virtual streams. In a stream the rows come group after group, each at a place drawn from (seed, epoch, row) in the
-    stretch of its own group and the `window - 1` after it. Position p of the epoch belongs to stream p % num_streams.
-    So the order is a function of the set, the buffer, the seed and the epoch, and processes and workers divide the
-    samples of each step: whole neighbourhoods of streams, so that a row group is read by one of them.
+    virtual streams. In a stream each row group is mixed by draws from (seed, epoch, row) and spread evenly over the
+    place of its own and of `window - 1` neighbours. Position p of the epoch belongs to stream p % num_streams. So the
+    order is a function of the set, the buffer, the seed and the epoch; processes and workers divide the samples of each
+    step: whole neighbourhoods of streams, so that a row group is read by one of them.
 
     The streams are neighbours in the order of their reversed bits (van der Corput's sequence). Thus any 2**n positions
     in a row fall evenly into 2**n neighbourhoods, and 2**n processes never read each other's streams.
@@ -202,18 +202,22 @@ def stream_order(seed: int, epoch: int, groups: np.ndarray, num_streams: int, wi
     """The order of an epoch of virtual streams: int64 (num_samples,), a permutation, a function of its arguments."""
     chosen = epoch_order(seed, epoch, len(groups) - 1)
     sizes, num_samples = np.diff(groups)[chosen], int(groups[-1])
-    ends = np.cumsum(sizes)
-    row = np.arange(num_samples)
-    index = row + np.repeat(groups[chosen] - (ends - sizes), sizes)  # group after group
-    length, longer = divmod(num_samples, num_streams)  # the first `longer` streams have one more
-    number = np.arange(num_streams + 1)
-    starts = number * length + np.minimum(number, longer)
-    stream = np.repeat(number[:-1], np.diff(starts))
-    start = np.maximum(np.repeat(ends - sizes, sizes), starts[stream])  # of the group, or of its part in the stream
-    stop = np.minimum(np.repeat(ends, sizes), starts[stream + 1])
-    drawn = uniform(sample_keys(seed, np.full_like(index, epoch), index), DISPLACE).astype(np.float64)
-    time = start + drawn * (stop - start + (window - 1) * int(np.diff(groups).max(initial=0)))
-    ordered = index[np.lexsort((time, stream))]
-    order = np.empty_like(index)
-    order[(row - starts[stream]) * num_streams + stream] = ordered
+    ends = np.cumsum(sizes)  # of each group, where they stand one after the other
+    more = (window - 1) * int(sizes.max(initial=0))
+    order, start = np.empty(num_samples, dtype=np.int64), 0
+    for number in range(num_streams):
+        stop = start + len(range(number, num_samples, num_streams))
+        here = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop) + 1)
+        begin = np.maximum(ends[here] - sizes[here], start)  # of each group, or of the part that is in this stream
+        size = np.minimum(ends[here], stop) - begin
+        index = np.arange(start, stop) + np.repeat(groups[chosen[here]] - ends[here] + sizes[here], size)
+        drawn = uniform(sample_keys(seed, np.full_like(index, epoch), index), DISPLACE).astype(np.float64)
+        begin, size = np.repeat(begin, size), np.repeat(size, size)
+        index = index[
+            np.argsort(begin + drawn, kind="stable")
+        ]  # each part is mixed, and then spread over its neighbours
+        width = np.minimum(size + more, stop - start)
+        time = np.clip(begin - more / 2, start, stop - width) + (np.arange(start, stop) - begin + 0.5) / size * width
+        order[number::num_streams] = index[np.argsort(time, kind="stable")]
+        start = stop
     return order
