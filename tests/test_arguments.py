@@ -67,6 +67,9 @@ def test_identity_is_model_data_optimisation_and_seed():
         and not changed(dataloader_num_workers=3)
         and not changed(resume_from_checkpoint="none")
     )
+    assert not changed(shuffle_buffer_size=5)  # nothing is streamed: it is not used
+    streamed = [RunArguments(**{**vars(base), "streaming": True, "shuffle_buffer_size": size}) for size in (5, 6)]
+    assert identity(streamed[0]) != identity(streamed[1])
 
 
 @pytest.mark.parametrize(

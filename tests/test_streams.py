@@ -1,4 +1,4 @@
-"""Streaming: rows of parquet shards by index, an order that keeps each worker inside its shards, and exact positions."""
+"""Streaming: rows of parquet shards by index, an order that no number of processes or workers changes, exact positions."""
 
 import collections
 import errno
@@ -13,10 +13,12 @@ from PIL import Image
 
 from tests.runs import evaluation, lines, trajectory
 from tests.test_loader import CPU, PREPROCESSING
+from vit_hf.arguments import DataArguments as TrainDefaults
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
-from vit_hf.data.order import StepPlan, StreamOrder
+from vit_hf.data.feed import LoadingSettings, train_batches
+from vit_hf.data.order import StepPlan, StreamOrder, stream_order, stream_shape
 from vit_hf.data.rows import parquet
 from vit_hf.data.rows import retries as reading
 from vit_hf.data.rows.parquet import ParquetRows
@@ -67,9 +69,19 @@ def number_in(image: dict) -> int:
 
 def places(rows, world=1, rank=0, workers=0, **changes) -> StreamOrder:
     options = dict(seed=3, first_step=0, total_steps=60, num_processes=world, rank=rank)
-    options |= dict(micro_batch_size=6 // world, accumulation=2)
+    options |= dict(micro_batch_size=12 // world, accumulation=2)
     plan = StepPlan(**{name: changes.pop(name, value) for name, value in options.items()})
-    return StreamOrder(plan, **{**dict(shards=rows.shards(), num_workers=workers, buffer_size=24), **changes})
+    return StreamOrder(plan, **{**dict(groups=rows.groups(), num_workers=workers, buffer_size=45), **changes})
+
+
+def steps(rows, world=1, workers=0, **changes) -> list[list[tuple[int, int]]]:
+    """The (visit, index) pairs of each step over all processes, ascending."""
+    found = collections.defaultdict(list)
+    for rank in range(world):
+        order = places(rows, world, rank, workers, **changes)
+        for number, piece in enumerate(order):
+            found[number // (2 * order.pieces)] += pairs([piece])
+    return [sorted(found[number]) for number in sorted(found)]
 
 
 def pairs(batches):
@@ -87,20 +99,40 @@ def test_rows_are_those_of_the_shards_in_any_order(folder):
     assert labels.tolist() == (index % 3).tolist() and images[0]["path"] == f"{index[0]}.png"
 
 
-@pytest.mark.parametrize("buffer_size", [3, 24])  # below and above a row group
-def test_only_the_row_groups_at_hand_are_held(folder, monkeypatch, buffer_size):
-    """A walk in stream order reads each group about once, and holds no more than it says."""
-    rows = rows_of(folder)
-    rows.hold(buffer_size, 0)
-    read, held = [], 0
-    original = rows._read_group
-    monkeypatch.setattr(rows, "_read_group", lambda group: (read.append(group), original(group))[1])
-    for batch in places(rows, total_steps=17, buffer_size=buffer_size):
-        rows.read(batch.index)
-        held = max(held, sum(len(table) for table in rows._groups.values()))
+@pytest.mark.parametrize(
+    "world, workers, buffer_size",
+    # below a row group and so one stream, one row group of each of four streams, four of each
+    [(1, 0, 3), (1, 0, 45), (2, 1, 45), (2, 2, 45), (4, 1, 45), (1, 0, 160), (2, 2, 160)],
+)
+def test_each_row_group_is_read_about_once_and_few_are_held(folder, monkeypatch, world, workers, buffer_size):
+    """An epoch over all processes and workers, each with rows of its own; four groups are cut between two streams."""
+    read, held = collections.Counter(), 0
+    original = ParquetRows._read_group
+    monkeypatch.setattr(ParquetRows, "_read_group", lambda rows, group, columns: (
+        read.update([group]), original(rows, group, columns))[1])  # fmt: skip
+    for rank in range(world):
+        order = places(rows_of(folder), world, rank, workers, total_steps=9, buffer_size=buffer_size)
+        copies = [rows_of(folder) for _ in range(order.pieces)]
+        for number, piece in enumerate(order):
+            rows = copies[number % order.pieces]
+            rows.held_rows = order.held_rows
+            rows.read(piece.index[piece.visit == 0])
+            assert sum(len(table) for table in rows._groups.values()) <= rows.held_rows
+        held += order.held_rows * order.pieces
     groups = len(rows.group_file)
-    assert held <= rows.held_rows <= 1.5 * buffer_size + 21 and groups <= len(read) <= 1.3 * groups
-    assert set(read) == set(range(len(rows.group_file)))
+    assert set(read) == set(range(groups)) and read.total() <= 1.4 * groups
+    assert held <= 1.25 * (max(buffer_size, 10) + 12) + 20 * world * max(1, workers)
+
+
+def test_of_a_subset_only_the_rows_that_are_kept_are_held(folder):
+    rows = rows_of(folder)
+    kept = keep_fraction(200, 0.4, 1)
+    rows.keep(kept)
+    rows.held_rows = 1000
+    images, labels = rows.read(np.arange(len(kept))[::-1])
+    assert [number_in(image) for image in images] == kept[::-1].tolist()
+    assert labels.tolist() == (kept[::-1] % 3).tolist()
+    assert sum(len(table) for table in rows._groups.values()) == len(kept) == rows.groups()[-1]
 
 
 def test_a_label_out_of_range_is_named(folder, tmp_path):
@@ -152,70 +184,176 @@ def test_a_read_that_fails_is_tried_again_with_back_off_and_then_named(folder, m
 # --- order ---
 
 
-@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 0), (2, 3)])
-def test_each_sample_comes_once_an_epoch_over_all_processes(folder, world, workers):
+@pytest.mark.parametrize("world, workers", [(2, 1), (2, 3), (3, 0), (4, 2), (12, 1)])
+def test_a_step_has_the_same_samples_on_any_number_of_processes_and_workers(folder, world, workers):
     rows = rows_of(folder)
-    seen = collections.Counter()
-    for rank in range(world):
-        seen.update(pairs(places(rows, world, rank, workers, total_steps=150)))
-    assert max(seen.values()) == 1
-    for epoch in range(3):  # processes end an epoch at unlike times, so the last ones are not whole
-        assert {index for visit, index in seen if visit == epoch} == set(range(200))
+    assert steps(rows, world, workers) == steps(rows) and len(steps(rows)) == 60
 
 
-def test_a_worker_stays_inside_its_shards(folder):
-    """Within an epoch the shards of any two of the four streams are disjoint."""
-    rows = rows_of(folder)
-    shard_of = np.repeat(np.arange(8), [len(part) for part in rows.shards()])
-    streams_ = collections.defaultdict(set)
-    for rank in range(2):
-        for number, batch in enumerate(places(rows, 2, rank, workers=2, total_steps=8)):
-            assert set(batch.visit) == {0}
-            streams_[rank, number % 2] |= set(shard_of[batch.index].tolist())
-    found = list(streams_.values())
-    assert len(found) == 4 and sum(map(len, found)) == len(set.union(*found))
-
-
-def test_rows_move_back_by_up_to_the_buffer(folder):
-    """Neighbours are mixed, epochs differ, and no row is away from its place by more than the buffer."""
-    rows = rows_of(folder)
-    order = [index for visit, index in pairs(places(rows, total_steps=34)) if visit == 0]
-    epoch_1 = [index for visit, index in pairs(places(rows, total_steps=34)) if visit == 1]
-    stream = np.concatenate(places(rows)._share(0, 0))
-    position = {index: number for number, index in enumerate(stream.tolist())}
-    distance = np.array([number - position[index] for number, index in enumerate(order)])
-    assert abs(distance).max() <= 24 and abs(distance).mean() > 5 and len(order) == 200
-    assert order != epoch_1[: len(order)] and order != stream.tolist()
-    whole = places(rows, buffer_size=1)
-    assert [index for visit, index in pairs(whole) if visit == 0] == stream.tolist()
+def test_each_sample_comes_once_an_epoch_and_the_next_epoch_is_another(folder):
+    whole = [pair for step in steps(rows_of(folder), 2, 3, total_steps=75) for pair in step]
+    assert sorted(whole) == [(visit, index) for visit in range(9) for index in range(200)]
+    epochs = [stream_order(3, epoch, rows_of(folder).groups(), 4, 1).tolist() for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    assert [pair[1] for step in steps(rows_of(folder), total_steps=8) for pair in step] != list(range(192))
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("first_step", [1, 7, 30, 59])
 def test_a_start_at_a_step_equals_skipping_the_steps_before(folder, first_step, workers):
-    """In the middle of an epoch, of a buffer and of the workers' turn too."""
+    """In the middle of an epoch and of a row group too."""
     rows = rows_of(folder)
     whole = list(places(rows, 2, 1, workers))
     rest = list(places(rows, 2, 1, workers, first_step=first_step))
-    assert len(rest) == (60 - first_step) * 2 and pairs(rest) == pairs(whole[first_step * 2 :])
+    pieces = 2 * max(1, workers)
+    assert len(rest) == (60 - first_step) * pieces == len(places(rows, 2, 1, workers, first_step=first_step))
+    assert [pairs([piece]) for piece in rest] == [pairs([piece]) for piece in whole[first_step * pieces :]]
 
 
-def test_fewer_shards_than_processes_need_are_refused(folder):
+def equal_groups(num_groups, rows=100) -> np.ndarray:
+    return np.arange(num_groups + 1) * rows
+
+
+@pytest.mark.parametrize(
+    "num_groups, rows, buffer_size, shape",
+    [
+        (13000, 100, 32768, (256, 1)),  # ImageNet, by default
+        (13000, 100, 102_400, (1024, 1)),
+        (13000, 100, 80_000, (512, 1)),
+        (13000, 10, 32768, (1024, 3)),
+        (13000, 100, 10_000, (64, 1)),
+        (50, 1000, 32768, (8, 4)),  # few row groups
+        (7, 5000, 32768, (1, 6)),
+        (20, 100_000, 32768, (1, 1)),  # none fits
+    ],
+)
+def test_how_many_streams_there_are(num_groups, rows, buffer_size, shape):
+    assert stream_shape(equal_groups(num_groups, rows), buffer_size) == shape
+
+
+@pytest.mark.parametrize("world, workers, most", [(1, 16, 1.02), (8, 4, 1.02), (2, 3, 1.02), (6, 4, 1.1)])
+@pytest.mark.parametrize("per_process", [32, 48, 50])
+def test_workers_do_not_read_the_row_groups_of_others(world, workers, most, per_process):
+    """Whatever the batch. Of 2,570 row groups 256 are cut between two streams; processes that are no power of two take a
+    few samples from the streams of their neighbours. Three steps of each hundred: what is counted does not build up."""
+    groups = np.cumsum([0, *np.random.RandomState(0).randint(60, 100, 2570)])
+    group_of = np.repeat(np.arange(2570), np.diff(groups))
+    pairs_, seen = 0, set()
+    for rank in range(world):
+        plan = dict(seed=3, total_steps=150, num_processes=world, rank=rank, micro_batch_size=per_process)
+        order = StreamOrder(
+            StepPlan(first_step=0, accumulation=1, **plan), groups=groups, num_workers=workers, buffer_size=25_600
+        )
+        of_worker = collections.defaultdict(set)
+        for number, piece in enumerate(order):
+            assert abs(len(piece.index) - per_process / workers) < 6
+            of_worker[number % workers].update(group_of[piece.index[piece.visit == 0]].tolist())
+        pairs_ += sum(map(len, of_worker.values()))
+        seen |= set().union(*of_worker.values())
+    assert pairs_ <= most * len(seen) + 256
+
+
+@pytest.mark.parametrize("batch_size, buffer_size", [(64, None), (256, None), (1024, 102_400)])
+def test_batches_of_a_sorted_set_hold_the_classes_of_a_random_batch(batch_size, buffer_size):
+    """1,281,000 rows of 1,000 classes, sorted, in row groups of 100, as ImageNet has them: with the default buffer, and
+    with one that holds as many row groups as a larger batch has images."""
+    buffer_size = buffer_size or LoadingSettings().shuffle_buffer_size
+    assert LoadingSettings().shuffle_buffer_size == TrainDefaults().shuffle_buffer_size
+    groups = equal_groups(12_810)
+    order = stream_order(0, 1, groups, *stream_shape(groups, buffer_size))
+    batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[:: 12_800 // batch_size] // 1281
+    found = np.array([len(set(batch)) for batch in batches.tolist()])
+    expected = 1000 * (1 - 0.999**batch_size)
+    assert found.min() > 0.8 * expected and found.mean() > 0.95 * expected
+
+
+def sorted_shards(path, num_classes=50, each=40):
+    """2,000 rows that lie class by class in 8 shards, row groups of 10."""
+    (path / "data").mkdir(parents=True)
+    rows = np.repeat(np.arange(num_classes), each)
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    names = [f"class {number}" for number in range(num_classes)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    for split, labels in (("train", rows), ("test", rows[::20])):
+        for number, part in enumerate(np.array_split(labels, 8 if split == "train" else 1)):
+            columns = {"image": [{"bytes": buffer.getvalue(), "path": None}] * len(part), "label": part}
+            table = datasets.Dataset.from_dict(columns, features=features)
+            table.to_parquet(path / f"data/{split}-{number}.parquet", batch_size=10)
+
+
+def test_a_sorted_set_trains_on_mixed_batches(tmp_path):
+    """On the whole path, from a folder to batches."""
+    sorted_shards(tmp_path)
+    splits = load_image_splits(str(tmp_path), streaming=True)
+    plan = StepPlan(0, 0, 62, num_processes=1, rank=0, micro_batch_size=32, accumulation=1)
+    settings = LoadingSettings(num_workers=0, shuffle_buffer_size=330)
+    batches, _ = train_batches(splits.train, PREPROCESSING, plan, CPU, settings, Faults(), say=lambda line: None)
+    found = [len(batch["labels"].unique()) for batch in batches]
+    expected = 50 * (1 - 0.98**32)
+    assert min(found) > 0.6 * expected and np.mean(found) > 0.8 * expected
+
+
+def test_a_sorted_set_is_noted_with_the_command_that_mends_it(tmp_path, folder):
+    sorted_shards(tmp_path)
+    (note,) = load_image_splits(str(tmp_path), streaming=True).notes
+    assert "a row group of 10 rows holds 1.0 classes, and would hold 5.9" in note
+    assert f"`vit-hf data prepare --dataset_name {tmp_path} --output_dir FOLDER`" in note
+    assert load_image_splits(str(tmp_path), streaming=True, need_train=False).notes == []
+    assert load_image_splits(str(folder), streaming=True).notes == []
+
+
+def test_pieces_of_workers_make_the_same_micro_batch_whatever_their_number(folder):
+    """Also where a worker has nothing for it, where rows do not decode, and with a thread that copies ahead."""
     rows = rows_of(folder)
-    with pytest.raises(UserError, match="8 shards for 3 processes with 3 workers each, which need 9; take fewer"):
-        places(rows, world=3, workers=3)
-    assert len(places(rows, world=2, workers=4)) == 120
+    expected = list(places(rows, total_steps=20, micro_batch_size=3))
+    assert any(len(piece.index) == 0 for piece in places(rows, workers=3, total_steps=20, micro_batch_size=3))
+    assert len(expected) == 40 and {len(batch.index) for batch in expected} == {3}
+    for workers, ahead in ((0, 0), (2, 0), (3, 2)):
+        order = places(rows, workers=workers, total_steps=20, micro_batch_size=3)
+        batches = ImageBatches(rows, PREPROCESSING, training=True)
+        loader = DeviceBatches(batches, order, CPU, workers, Faults(), ahead, pieces=order.pieces)
+        for batch, wanted in zip(loader, expected, strict=True):
+            assert batch["visit"].tolist() == wanted.visit.tolist()
+            assert batch["index"].tolist() == wanted.index.tolist() and batch["valid"].all()
+            assert (batch["pixel_values"][:, 0, 0, 0] == torch.as_tensor(wanted.index % 256)).all()
+            assert batch["pixel_values"].permute(0, 2, 3, 1).is_contiguous()  # on which the bits of a sum may depend
+            assert batch["labels"].tolist() == (wanted.index % 3).tolist()
+        loader.close()
 
 
-def test_batches_of_workers_are_those_of_the_places(folder):
-    """Read and decoded by two processes that each hold their own shards; in the order of the places."""
-    rows = rows_of(folder)
-    course = places(rows, workers=2, total_steps=12)
-    batches = list(DeviceBatches(ImageBatches(rows, PREPROCESSING, training=True), course, CPU, 2, Faults()))
-    for batch, expected in zip(batches, course, strict=True):
-        assert batch["index"].tolist() == expected.index.tolist()
-        assert (batch["pixel_values"][:, 0, 0, 0] == torch.as_tensor(expected.index % 256)).all()
-        assert batch["labels"].tolist() == (expected.index % 3).tolist()
+def test_what_goes_wrong_in_a_piece_is_told_once(folder, monkeypatch):
+    rows, bad = rows_of(folder), {5, 60, 133}
+    original = ParquetRows.read
+
+    def read(rows, index):
+        images, labels = original(rows, index)
+        rows.retried += [f"row {row}" for row in bad & set(index.tolist())]
+        return [
+            {"bytes": b"no", "path": None} if row in bad else image for row, image in zip(index.tolist(), images)
+        ], labels
+
+    monkeypatch.setattr(ParquetRows, "read", read)
+    order, faults = places(rows, workers=2, total_steps=9), Faults()
+    batches = ImageBatches(rows, PREPROCESSING, training=True, on_bad_image="skip")
+    loader = DeviceBatches(batches, order, CPU, 2, faults, pieces=2)
+    assert all(batch["valid"].all() for batch in loader)
+    assert set(faults.bad) == bad and {f"row {row}" for row in bad} == set(faults.retried)
+    loader.close()
+    loader = DeviceBatches(ImageBatches(rows, PREPROCESSING, training=True), order, CPU, 2, Faults(), pieces=2)
+    with pytest.raises(UserError, match="image in row (5|60|133) does not decode"):
+        list(loader)
+    loader.close()
+
+
+def test_a_worker_that_would_have_no_stream_is_not_started(folder):
+    plan = StepPlan(0, 0, 4, num_processes=2, rank=1, micro_batch_size=4, accumulation=1)
+    settings, said = LoadingSettings(num_workers=7, shuffle_buffer_size=45), []
+    batches, _ = train_batches(rows_of(folder), PREPROCESSING, plan, CPU, settings, Faults(), say=said.append)
+    assert said == [
+        "images: read and decoded batch by batch, 2 workers a process (4 streams of row groups of up to 10 rows)"
+    ]
+    assert batches.loader.num_workers == batches.pieces == 2
 
 
 # --- loading ---
@@ -299,19 +437,18 @@ def test_fractals_are_computed_as_they_are_needed():
 
 
 @pytest.mark.slow
-def test_a_streamed_run_resumes_exactly(run, folder, tmp_path):
+def test_a_streamed_run_resumes_exactly_also_with_other_workers(run, folder, tmp_path):
     flags = dict(dataset_name=folder, streaming="true", save_steps=5, max_steps=11, global_batch_size=24)
-    flags |= dict(random_crop="scale=0.3", dataloader_num_workers=2, max_eval_samples=None, shuffle_buffer_size=20)
-    whole = run("pretrain", output_dir=tmp_path / "whole", **flags)
-    again = run(
-        "pretrain", output_dir=tmp_path / "again", resume_from_checkpoint=tmp_path / "whole/checkpoint-5", **flags
-    )
-    assert trajectory(again) == trajectory(whole)[5:] and len(trajectory(whole)) == 11
-    assert '"exact": true' in (tmp_path / "again/events.jsonl").read_text()
-    assert evaluation(whole) == evaluation(again)
+    flags |= dict(random_crop="scale=0.3", max_eval_samples=None, shuffle_buffer_size=45)
+    flags |= dict(mixup_alpha=0.5, per_device_train_batch_size=12)
+    whole = run("pretrain", output_dir=tmp_path / "whole", dataloader_num_workers=2, **flags)
+    for workers in (0, 2, 3):
+        folder = tmp_path / f"with {workers}"
+        again = run(
+            "pretrain", output_dir=folder, resume_from_checkpoint=tmp_path / "whole/checkpoint-5",
+            dataloader_num_workers=workers, **flags,
+        )  # fmt: skip
+        assert trajectory(again) == trajectory(whole)[5:] and len(trajectory(whole)) == 11
+        assert '"exact": true' in (folder / "events.jsonl").read_text()
+        assert evaluation(whole) == evaluation(again)
     assert lines(whole, "eval_accuracy")[-1]["eval_samples"] == 33
-    run(
-        "pretrain", output_dir=tmp_path / "other", resume_from_checkpoint=tmp_path / "whole/checkpoint-5",
-        **{**flags, "dataloader_num_workers": 1},
-    )  # fmt: skip
-    assert "dataloader_num_workers 2 then, 1 now" in (tmp_path / "other/events.jsonl").read_text()

@@ -110,7 +110,7 @@ class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments, Preproc
     """What is done to each image."""
 
     shuffle_buffer_size: int = flag(
-        10000, "images that the workers of a process mix when it streams, each its share", low=1
+        32768, "images that a stream mixes, in the memory of all processes together", low=1
     )
     image_size: str | None = flag(None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)")
     image_mean: str | None = flag(
@@ -647,16 +647,19 @@ def trackers(report_to: str) -> list[str]:
 def identity(args: RunArguments) -> dict[str, Any]:
     """The values that make a run this run: model, data, optimisation and seed. Where it writes, how often it logs,
     and how much one device takes at once may change from one start to the next."""
-    return {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if not item.metadata["same_run"]}
+    return saved_identity(dataclasses.asdict(args))
 
 
 def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
     """The identity of a run as an earlier version of the flags wrote it: flags it did not know had their defaults."""
-    return {
+    found = {
         item.name: before.get(item.name, item.default)
         for item in dataclasses.fields(RunArguments)
         if not item.metadata["same_run"]
     }
+    if not found["streaming"]:
+        found["shuffle_buffer_size"] = None  # it is not used
+    return found
 
 
 def without_paths(flags: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,8 @@ import yaml
 import vit_hf
 from vit_hf.analysis.curves import learning_curves
 from vit_hf.analysis.gallery import figure_drawer
-from vit_hf.arguments import RunArguments, identity, parse_num_workers, saved_identity, write_run_config
+from vit_hf.arguments import RunArguments, identity, saved_identity, write_run_config
 from vit_hf.data.faults import DataReport
-from vit_hf.data.feed import workers_per_process
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.names import ImageSplits
 from vit_hf.errors import UserError
@@ -241,11 +240,6 @@ def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: Bat
         "device": accelerator.device.type,
         "torch": torch.__version__,
         "torch_compile": args.torch_compile,
-        "dataloader_num_workers": workers_per_process(
-            parse_num_workers(args.dataloader_num_workers), accelerator.num_processes
-        )
-        if args.streaming
-        else None,
     }
 
 

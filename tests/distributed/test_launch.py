@@ -213,16 +213,23 @@ def shards(tmp_path):
     return tmp_path / "set"
 
 
-def test_two_processes_stream_disjoint_shards_and_evaluate_each_sample_once(tmp_path, shards):
-    flags = dict(dataset_name=shards, streaming="true", max_eval_samples=None, dataloader_num_workers=1)
-    flags = {name: value for name, value in {**RUN, **flags, "max_steps": 4}.items() if value is not None}
-    result = launch("pretrain", "cpu_2proc", output_dir=tmp_path / "run", **flags)
+def test_two_processes_stream_the_samples_of_one_and_go_on_from_its_checkpoint(tmp_path, shards):
+    """From the start and from step 3 of 6, whatever the workers; each sample is evaluated once."""
+    flags = dict(dataset_name=shards, streaming="true", max_eval_samples=None, shuffle_buffer_size=20, save_steps=3)
+    flags = {name: value for name, value in {**RUN, **flags, "max_train_samples": None}.items() if value is not None}
+    one, two, rest = tmp_path / "one", tmp_path / "two", tmp_path / "rest"
+    in_process("pretrain", output_dir=one, dataloader_num_workers=0, **flags)
+    result = launch("pretrain", "cpu_2proc", output_dir=two, dataloader_num_workers=1, **flags)
     assert result.returncode == 0, result.stderr
-    assert lines(tmp_path / "run", "eval_accuracy")[-1]["eval_samples"] == 14
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
-    result = launch("pretrain", "cpu_2proc", output_dir=tmp_path / "more", **{**flags, "dataloader_num_workers": 3})
-    assert result.returncode == 1 and "Traceback" not in result.stderr.split("accelerate")[0]
-    assert "error: --streaming: 4 shards for 2 processes with 3 workers each, which need 6" in result.stderr
+    flags["resume_from_checkpoint"] = one / "checkpoint-3"
+    result = launch("pretrain", "cpu_2proc", output_dir=rest, dataloader_num_workers=2, **flags)
+    assert result.returncode == 0, result.stderr
+    close(trajectory(two), trajectory(one), 1e-4)
+    close(trajectory(rest), trajectory(one)[3:], 1e-4)
+    (resumed,) = [line for line in (rest / "events.jsonl").read_text().splitlines() if '"resume"' in line]
+    assert json.loads(resumed)["why"] == ["num_processes 1 then, 2 now", "micro_batch_size 32 then, 16 now"]
+    for folder in (one, two, rest):
+        assert lines(folder, "eval_accuracy")[-1]["eval_samples"] == 14
 
 
 def test_a_wrong_data_flag_ends_both_processes_in_a_line(tmp_path):

@@ -50,6 +50,7 @@ class DeviceBatches:
         faults: gets what went wrong.
         ahead: micro-batches that a thread keeps waiting on the device, copied while it computes. Default: AHEAD, but
             none on a CPU, where there is no copy to hide and a thread would only take turns with the training.
+        pieces: items of the order that are one micro-batch together, each made by another worker.
 
     Raises:
         UserError: when a batch is taken: a row that does not decode, where bad images are not skipped, or cannot be
@@ -64,10 +65,11 @@ class DeviceBatches:
         num_workers: int,
         faults: Faults,
         ahead: int | None = None,
+        pieces: int = 1,
     ):
         if device.type == "cuda" and device.index is None:  # accelerate's, of a single process
             device = torch.device("cuda", torch.cuda.current_device())
-        self.batches, self.device, self.faults = batches, device, faults
+        self.batches, self.device, self.faults, self.pieces = batches, device, faults, pieces
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
         self.resize = None
@@ -77,9 +79,10 @@ class DeviceBatches:
                 self.resize = resizing(batches.decoded.size, batches.preprocessing, device)
         self.loader = torch.utils.data.DataLoader(
             batches,
-            batch_size=None,  # an item is a whole micro-batch
+            batch_size=None,  # an item is a whole micro-batch, or a worker's piece of it
             sampler=order,
             num_workers=num_workers,
+            prefetch_factor=2 * pieces if num_workers else None,  # two micro-batches a worker, however they are cut
             persistent_workers=num_workers > 0,  # evaluation comes again and again
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or else it would draw from the one that dropout uses
@@ -96,9 +99,10 @@ class DeviceBatches:
                 worker.kill()  # one that did not come to an end in time
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        host = iter(self.loader)  # workers are started by this thread: they end with the one that started them
+        loader = iter(self.loader)  # workers are started by this thread: they end with the one that started them
+        host = zip(*[loader] * self.pieces)
         try:
-            for batch, copied in self._prefetched(host) if self.ahead else map(self._move, host):
+            for batch, copied in self._prefetched(host) if self.ahead else map(self._join, host):
                 self._report(batch)
                 if copied is not None:
                     stream = torch.cuda.current_stream(self.device)
@@ -114,8 +118,8 @@ class DeviceBatches:
                 "--dataloader_num_workers"
             ) from None
 
-    def _prefetched(self, host: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
-        """What `_move` gives for each batch of the host, worked on ahead by a thread."""
+    def _prefetched(self, host: Iterator[tuple[dict[str, Any], ...]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        """What `_join` gives for each batch of the host, worked on ahead by a thread."""
         ready: queue.Queue = queue.Queue(self.ahead)
         stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(host, ready, stop), daemon=True)
@@ -134,18 +138,36 @@ class DeviceBatches:
                     pass
             thread.join()
 
-    def _fill(self, host: Iterator[dict[str, Any]], ready: queue.Queue, stop: threading.Event) -> None:
+    def _fill(self, host: Iterator[tuple[dict[str, Any], ...]], ready: queue.Queue, stop: threading.Event) -> None:
         try:
             if self.stream is not None:
                 torch.cuda.set_device(self.device)  # a thread starts at the first one
             with torch.cuda.stream(self.stream):  # None is no stream
-                for batch in host:
+                for pieces in host:
                     if stop.is_set():
                         return
-                    ready.put(self._move(batch))
+                    ready.put(self._join(pieces))
             ready.put(None)
         except BaseException as error:  # the other thread raises it
             ready.put(error)
+
+    def _join(self, pieces: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], Any]:
+        """What `_move` gives, of a micro-batch that comes in pieces, some of which may be empty."""
+        if len(pieces) == 1:
+            return self._move(pieces[0])
+        pieces = tuple(self._move(piece)[0] for piece in pieces)
+        whole: dict[str, Any] = {
+            "bad": {row: reason for piece in pieces for row, reason in piece["bad"].items()},
+            "retried": [line for piece in pieces for line in piece["retried"]],
+            "error": next((piece["error"] for piece in pieces if piece["error"] is not None), None),
+        }
+        if whole["error"] is not None:
+            return whole, None
+        for name in ("labels", "visit", "index", "valid"):
+            whole[name] = torch.cat([piece[name] for piece in pieces])
+        channels_last = [piece["pixel_values"].permute(0, 2, 3, 1) for piece in pieces]  # as it lies in memory
+        whole["pixel_values"] = torch.cat(channels_last).permute(0, 3, 1, 2)
+        return whole, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
     def _move(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """The batch on the device, and the event that its copies are done (None where there is nothing to wait for)."""

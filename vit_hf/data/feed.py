@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vit_hf.arguments import RandomCrop
@@ -15,7 +16,7 @@ from vit_hf.data.cache import NotKept, decoded, worth_decoding
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import usable_cores
-from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder
+from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder, stream_shape
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.parquet import ParquetRows
@@ -36,7 +37,7 @@ class LoadingSettings:
     keep_decoded: bool = True
     keep_on_device: bool = True
     on_bad_image: str = "raise"
-    shuffle_buffer_size: int = 10_000
+    shuffle_buffer_size: int = 32_768
     aug_repeats: int = 1
     class_balanced: bool = False
     eval_batch_size: int = 128
@@ -116,12 +117,14 @@ def train_batches(
     """The micro-batches of this process at the steps of the plan, and whether the crop is left to the device."""
     batches = open_batches(rows, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True, say=say)
     workers = workers_per_process(settings.num_workers, plan.num_processes)
+    pieces, how = 1, ""
     if isinstance(rows, ParquetRows):
-        shards = rows.shards()
-        if settings.num_workers is None:
-            workers = max(1, min(workers, len(shards) // plan.num_processes))
-        rows.hold(settings.shuffle_buffer_size, workers)
-        order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
+        groups = rows.groups()
+        num_streams, _ = stream_shape(groups, settings.shuffle_buffer_size)
+        workers = min(workers, max(1, num_streams // plan.num_processes))  # another one would have no stream
+        order = StreamOrder(plan, groups=groups, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
+        rows.held_rows, pieces = order.held_rows, order.pieces
+        how = f" ({num_streams} streams of row groups of up to {np.diff(groups).max()} rows)"
     else:
         labels = batches.rows.labels if settings.class_balanced else None
         order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats, labels=labels)
@@ -130,8 +133,8 @@ def train_batches(
         height, width = batches.decoded.size
         say(f"images: decoded once, {width} x {height} pixels, {batches.decoded.nbytes / 1e6:.0f} MB {where}")
     else:
-        say(f"images: read and decoded batch by batch, {workers} workers a process")
-    return DeviceBatches(batches, order, device, workers, faults), batches.crop.kind == "none"
+        say(f"images: read and decoded batch by batch, {workers} workers a process{how}")
+    return DeviceBatches(batches, order, device, workers, faults, pieces=pieces), batches.crop.kind == "none"
 
 
 def eval_batches(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vit_hf.data.randomness import mix_bits, sample_keys, uniform
-from vit_hf.errors import UserError
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -151,68 +150,106 @@ class EvalOrder:
 
 
 DISPLACE = 200  # the use of a row's randomness
+MAX_STREAMS = 1024
+PARTS = 4  # row groups of a stream at least: the cut between two streams goes through one, which is then read twice
 
 
 class StreamOrder:
-    """The micro-batches of one process, of a set that is read shard by shard: those of its workers, in turn.
+    """The micro-batches of one process, in pieces for its workers, of a set that is read row group by row group.
 
-    A stream is one worker's share of the shards, drawn anew for each epoch from (seed, epoch); inside it a row is moved
-    back by up to the worker's share of the shuffle buffer, drawn from (seed, epoch, row). So every position is a function
-    of the step, the number of processes and the number of workers, and a resume starts there at once.
+    Each epoch puts the row groups into an order drawn from (seed, epoch) and cuts that row of rows into equally long
+    virtual streams. In a stream each row group is mixed by draws from (seed, epoch, row) and spread evenly over the
+    place of its own and of `window - 1` neighbours. Position p of the epoch belongs to stream p % num_streams. So the
+    order is a function of the set, the buffer, the seed and the epoch; processes and workers divide the samples of each
+    step: whole neighbourhoods of streams, so that a row group is read by one of them.
+
+    The streams are neighbours in the order of their reversed bits (van der Corput's sequence). Thus any 2**n positions
+    in a row fall evenly into 2**n neighbourhoods, and 2**n processes never read each other's streams.
 
     Args:
-        shards: the indices in each shard.
+        groups: the first index of each row group, and the number of samples: ascending int64 (R + 1,).
         num_workers: of each process; 0 counts as one.
-        buffer_size: rows that a process mixes.
-
-    Raises:
-        UserError: fewer shards than the processes and workers need.
+        buffer_size: rows that all processes mix together; at least one row group a stream.
     """
 
-    def __init__(self, plan: StepPlan, *, shards: list[np.ndarray], num_workers: int, buffer_size: int):
-        self.plan, self.shards = plan, shards
-        self.workers = max(1, num_workers)
-        self.num_streams = plan.num_processes * self.workers
-        if len(shards) < self.num_streams:
-            raise UserError(
-                f"--streaming: {len(shards)} shards for {plan.num_processes} processes with {self.workers} workers each, "
-                f"which need {self.num_streams}; take fewer workers (--dataloader_num_workers) or processes, or write "
-                "more shards (vit-hf data prepare)"
-            )
-        self.buffer_size = max(1, buffer_size // self.workers)
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
-        self._starts: dict[int, list[int]] = {}  # of each stream: the position at which each epoch begins
+    def __init__(self, plan: StepPlan, *, groups: np.ndarray, num_workers: int, buffer_size: int):
+        self.plan, self.groups, self.pieces = plan, groups, max(1, num_workers)
+        self.num_streams, self.window = stream_shape(groups, buffer_size)
+        bits = self.num_streams.bit_length() - 1
+        number = np.arange(self.num_streams)
+        reversed_bits = ((number >> bit & 1) << (bits - 1 - bit) for bit in range(bits))
+        self.neighbourhood = sum(reversed_bits, np.zeros_like(number))
+        self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that a worker needs at hand so that a row group is rarely read twice: its streams' windows and what a
+        micro-batch takes of them, a quarter more for groups that are done, and a group at either end."""
+        largest, plan = int(np.diff(self.groups).max(initial=0)), self.plan
+        streams = -(-self.num_streams // (plan.num_processes * self.pieces))
+        taken = plan.micro_batch_size * plan.num_processes / self.num_streams
+        return int(1.25 * streams * (self.window * largest + taken)) + 2 * largest
 
     def __len__(self) -> int:
-        return len(self.plan)
+        """The number of pieces."""
+        return len(self.plan) * self.pieces
 
     def __iter__(self) -> Iterator[BatchIndices]:
-        for micro_step in self.plan.micro_steps():
-            number, worker = divmod(micro_step, self.workers)
-            epoch, index = self._take(self.plan.rank * self.workers + worker, number * self.plan.micro_batch_size)
-            yield BatchIndices(epoch, index, np.ones(len(index), dtype=bool))
+        plan, num_samples = self.plan, int(self.groups[-1])
+        share = plan.micro_batch_size * plan.accumulation
+        for step in range(plan.first_step, plan.total_steps):
+            position = np.arange(step * share * plan.num_processes, (step + 1) * share * plan.num_processes)
+            epoch, place = np.divmod(position, num_samples)
+            stream = self.neighbourhood[place % self.num_streams]
+            index = np.empty_like(place)
+            for number in np.unique(epoch):
+                here = epoch == number
+                index[here] = self._order(int(number))[place[here]]
+            mine = np.sort(np.argsort(stream, kind="stable")[plan.rank * share :][:share])
+            # where a stream lies among those of this process, in workers
+            worker = (stream * plan.num_processes - plan.rank * self.num_streams) * self.pieces // self.num_streams
+            for batch in mine.reshape(plan.accumulation, plan.micro_batch_size):
+                batch = batch[np.argsort(stream[batch], kind="stable")]
+                for number in range(self.pieces):
+                    piece = batch[worker[batch].clip(0, self.pieces - 1) == number]
+                    yield BatchIndices(epoch[piece], index[piece], np.ones(len(piece), dtype=bool))
 
-    def _take(self, stream: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-        starts = self._starts.setdefault(stream, [0])
-        while starts[-1] < start + self.plan.micro_batch_size:
-            starts.append(starts[-1] + sum(len(shard) for shard in self._share(stream, len(starts) - 1)))
-        position = np.arange(start, start + self.plan.micro_batch_size)
-        epoch = np.searchsorted(starts, position, side="right") - 1
-        index = np.empty_like(position)
-        for number in np.unique(epoch):
-            here = epoch == number
-            index[here] = self._order(stream, int(number))[position[here] - starts[number]]
-        return epoch.astype(np.int64), index
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
+            self._orders[epoch] = stream_order(self.plan.seed, epoch, self.groups, self.num_streams, self.window)
+        return self._orders[epoch]
 
-    def _share(self, stream: int, epoch: int) -> list[np.ndarray]:
-        order = epoch_order(self.plan.seed, epoch, len(self.shards))
-        return [self.shards[number] for number in order[stream :: self.num_streams]]
 
-    def _order(self, stream: int, epoch: int) -> np.ndarray:
-        if (stream, epoch) not in self._orders:
-            for old in [key for key in self._orders if key[0] == stream and key[1] != epoch - 1]:
-                del self._orders[old]
-            index = np.concatenate(self._share(stream, epoch))
-            drawn = uniform(sample_keys(self.plan.seed, np.full_like(index, epoch), index), DISPLACE)
-            self._orders[stream, epoch] = index[np.argsort(np.arange(len(index)) + self.buffer_size * drawn)]
-        return self._orders[stream, epoch]
+def stream_shape(groups: np.ndarray, buffer_size: int) -> tuple[int, int]:
+    """The number of virtual streams, a power of two up to MAX_STREAMS, and the row groups that each of them mixes."""
+    largest = int(np.diff(groups).max(initial=1))
+    at_hand = max(1, buffer_size // largest)
+    most = max(1, min(MAX_STREAMS, at_hand, (len(groups) - 1) // PARTS))
+    num_streams = 1 << (most.bit_length() - 1)
+    return num_streams, at_hand // num_streams
+
+
+def stream_order(seed: int, epoch: int, groups: np.ndarray, num_streams: int, window: int) -> np.ndarray:
+    """The order of an epoch of virtual streams: int64 (num_samples,), a permutation, a function of its arguments."""
+    chosen = epoch_order(seed, epoch, len(groups) - 1)
+    sizes, num_samples = np.diff(groups)[chosen], int(groups[-1])
+    ends = np.cumsum(sizes)  # of each group, where they stand one after the other
+    more = (window - 1) * int(sizes.max(initial=0))
+    order, start = np.empty(num_samples, dtype=np.int64), 0
+    for number in range(num_streams):
+        stop = start + len(range(number, num_samples, num_streams))
+        here = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop) + 1)
+        begin = np.maximum(ends[here] - sizes[here], start)  # of each group, or of the part that is in this stream
+        size = np.minimum(ends[here], stop) - begin
+        index = np.arange(start, stop) + np.repeat(groups[chosen[here]] - ends[here] + sizes[here], size)
+        drawn = uniform(sample_keys(seed, np.full_like(index, epoch), index), DISPLACE).astype(np.float64)
+        begin, size = np.repeat(begin, size), np.repeat(size, size)
+        index = index[
+            np.argsort(begin + drawn, kind="stable")
+        ]  # each part is mixed, and then spread over its neighbours
+        width = np.minimum(size + more, stop - start)
+        time = np.clip(begin - more / 2, start, stop - width) + (np.arange(start, stop) - begin + 0.5) / size * width
+        order[number::num_streams] = index[np.argsort(time, kind="stable")]
+        start = stop
+    return order

@@ -5,7 +5,6 @@ Must not know: pixels, which sample comes where, models, training.
 """
 
 import collections
-import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,8 +17,6 @@ import pyarrow.parquet as pq
 from vit_hf.data.rows.interface import LazyRows
 from vit_hf.data.rows.retries import patiently
 from vit_hf.errors import UserError
-
-_OPEN_FILES = 8
 
 
 class ParquetRows(LazyRows):
@@ -46,27 +43,32 @@ class ParquetRows(LazyRows):
         super().__init__(0, class_names)
         self.files, self.columns, self.held_rows = files, [image_column, label_column], 0
         with ThreadPoolExecutor(16) as pool:  # a footer is a small read over a long way
-            footers = list(pool.map(self._footer, files))
-        sizes = [[footer.row_group(number).num_rows for number in range(footer.num_row_groups)] for footer in footers]
+            self.footers = list(pool.map(self._footer, files))  # a shard that is opened again needs no other
+        sizes = [
+            [footer.row_group(number).num_rows for number in range(footer.num_row_groups)] for footer in self.footers
+        ]
         self.group_file = np.repeat(np.arange(len(files)), [len(groups) for groups in sizes])
         self.group_number = np.concatenate([np.arange(len(groups)) for groups in sizes]).astype(np.int64)
         self.group_start = np.cumsum([0, *(rows for groups in sizes for rows in groups)])
         self.num_source_rows = int(self.group_start[-1])
-        self.source_rows = np.arange(self.num_source_rows)
         self._groups: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
-        self._open: collections.OrderedDict[int, pq.ParquetFile] = collections.OrderedDict()
+        self.source_rows = np.arange(self.num_source_rows)
+        self.first = self.group_start  # the index of the first row kept of each row group
 
-    def hold(self, buffer_size: int, num_workers: int) -> None:
-        """Keeps so many rows in each worker that a row group is rarely read twice: its share of the shuffle buffer, half
-        as many for those drawn late, and the groups at either end."""
-        largest = int(np.diff(self.group_start).max(initial=0))
-        self.held_rows = math.ceil(1.5 * buffer_size / max(1, num_workers)) + 2 * largest
+    def keep(self, rows: np.ndarray) -> None:
+        super().keep(rows)
+        self.first = np.searchsorted(self.source_rows, self.group_start)
+        self._groups.clear()
 
-    def shards(self) -> list[np.ndarray]:
-        """The indices that lie in each shard, int64 each; shards of which no row is kept are left out."""
-        group = np.searchsorted(self.group_start, self.source_rows, side="right") - 1
-        cuts = np.flatnonzero(np.diff(self.group_file[group])) + 1
-        return np.split(np.arange(len(self)), cuts)
+    def groups(self) -> np.ndarray:
+        """The first index of each row group of which a row is kept, and the number of rows: ascending int64 (R + 1,)."""
+        return np.unique(self.first)
+
+    def labels_of(self, groups: np.ndarray) -> list[np.ndarray]:
+        """The labels in the source's row groups of these numbers, those that are missing left out; nothing else is read."""
+        with ThreadPoolExecutor(16) as pool:
+            tables = list(pool.map(lambda group: self._read_group(int(group), self.columns[1:]), groups))
+        return [table.column(0).drop_null().to_numpy() for table in tables]
 
     def read(self, index: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
         """The images {"bytes", "path"} and labels int64 (B,) at `index`.
@@ -74,17 +76,17 @@ class ParquetRows(LazyRows):
         Raises:
             UserError: a shard cannot be read, or a label is missing or out of range; file and row are named.
         """
-        rows = self.source_rows[index]
-        groups = np.searchsorted(self.group_start, rows, side="right") - 1
-        images: list[Any] = [None] * len(rows)
-        labels = np.empty(len(rows), dtype=np.int64)
+        groups = np.searchsorted(self.first, index, side="right") - 1
+        images: list[Any] = [None] * len(index)
+        labels = np.empty(len(index), dtype=np.int64)
         for group in np.unique(groups):
             places = np.flatnonzero(groups == group)
-            inside = rows[places] - self.group_start[group]
+            inside = index[places] - self.first[group]
             image_column, label_column = self._group(int(group)).columns
             for place, row in zip(places.tolist(), inside.tolist()):
                 value, label = image_column[row].as_py(), label_column[row].as_py()
                 if label is None or not 0 <= label < len(self.class_names):
+                    row = self.source_rows[index[place]] - self.group_start[group]
                     raise UserError(
                         f"{self.files[self.group_file[group]]}, row {row} of row group {self.group_number[group]}: label "
                         f"{'missing' if label is None else label}, allowed are 0..{len(self.class_names) - 1}"
@@ -94,28 +96,31 @@ class ParquetRows(LazyRows):
         return images, self.number_of[labels]
 
     def _group(self, group: int) -> pa.Table:
+        """The rows that are kept of a row group."""
         if group not in self._groups:
-            table = patiently(lambda: self._read_group(group), self.files[self.group_file[group]], self.retried)
-            self._groups[group] = table
+            table = self._read_group(group, self.columns)
+            start, stop = self.group_start[group : group + 2]
+            if len(table) > (kept := self.first[group + 1] - self.first[group]):
+                chosen = np.zeros(stop - start, dtype=bool)
+                chosen[self.source_rows[self.first[group] :][:kept] - start] = True
+                table = table.filter(chosen)
+            self._groups[group] = table.combine_chunks()
             held = sum(len(table) for table in self._groups.values())
             while held > max(self.held_rows, len(table)) and len(self._groups) > 1:
                 held -= len(self._groups.popitem(last=False)[1])
         self._groups.move_to_end(group)
         return self._groups[group]
 
-    def _read_group(self, group: int) -> pa.Table:
+    def _read_group(self, group: int, columns: list[str]) -> pa.Table:
+        """All rows of a row group. The file is closed again: an open one would keep what was read last."""
         number = int(self.group_file[group])
-        try:
-            if number not in self._open:
-                self._open[number] = pq.ParquetFile(open_shard(self.files[number]), pre_buffer=True)
-                while len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)[1].close(force=True)
-            self._open.move_to_end(number)
-            table = self._open[number].read_row_group(int(self.group_number[group]), columns=self.columns)
-            return table.select(self.columns).combine_chunks()
-        except Exception:
-            self._open.pop(number, None)  # the next try opens it anew
-            raise
+
+        def read() -> pa.Table:
+            with open_shard(self.files[number]) as file:
+                parquet = pq.ParquetFile(file, metadata=self.footers[number], pre_buffer=True)
+                return parquet.read_row_group(int(self.group_number[group]), columns=columns).select(columns)
+
+        return patiently(read, self.files[number], self.retried)
 
     def _footer(self, name: str) -> pq.FileMetaData:
         def read() -> pq.FileMetaData:
@@ -141,14 +146,14 @@ class ParquetRows(LazyRows):
             return list(pool.map(state, self.files))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay with the process that opened them."""
-        return {**self.__dict__, "_open": collections.OrderedDict(), "_groups": collections.OrderedDict()}
+        """What was read stays with the process that read it."""
+        return {**self.__dict__, "_groups": collections.OrderedDict()}
 
 
-def open_shard(name: str, **options: Any) -> Any:
-    """A local path or a URL as a file that can be read in pieces."""
+def open_shard(name: str) -> Any:
+    """A local path or a URL as a file that can be read in pieces, of which nothing is read but what is asked for."""
     filesystem, path = fsspec.core.url_to_fs(name)
-    return filesystem.open(path, "rb", **options)
+    return filesystem.open(path, "rb", cache_type="none")
 
 
 def light_columns(files: list[str], columns: list[str]) -> pa.Table:
@@ -156,7 +161,7 @@ def light_columns(files: list[str], columns: list[str]) -> pa.Table:
     between them, the images, is not read."""
 
     def read(name: str) -> pa.Table:
-        with open_shard(name, cache_type="none") as file:  # clients of networks would read megabytes ahead
+        with open_shard(name) as file:
             return pq.ParquetFile(file, pre_buffer=True).read(columns=columns).select(columns)
 
     with ThreadPoolExecutor(16) as pool:

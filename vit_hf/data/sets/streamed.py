@@ -33,6 +33,9 @@ from vit_hf.data.sets.subset import (
 )
 from vit_hf.errors import UserError
 
+LOOKED_AT = 8  # row groups
+FEW = 2 / 3  # of the classes that they would hold in random order; by chance alone a group hardly falls below 0.9
+
 
 def load_streamed(
     name, config_name, revision, image_column, label_column, train_split, eval_split,
@@ -84,6 +87,8 @@ def load_streamed(
             "classes) would have to read all labels first; allowed is --subset_fraction, or a copy by `vit-hf data prepare`"
         )
     train, evaluation, record = open_split(train_name) if need_train else None, open_split(eval_name), {}
+    if isinstance(train, ParquetRows) and not origin_known:  # a copy has its rows in random order
+        notes += _sorted_rows(train, train_name, name)
     if not subset.is_empty and origin_known:
         class_names, record = _narrow(train, evaluation, class_names, subset, notes)
     elif not subset.is_empty and need_train:
@@ -134,6 +139,27 @@ def _narrow(
     evaluation.keep(eval_rows)
     evaluation.renumber(number_of)
     return [class_names[index] for index in kept], record
+
+
+def _sorted_rows(rows: ParquetRows, split: str, name: str) -> list[str]:
+    """A sentence where rows of one class lie together. A few row groups, spread over the split, are held against
+    themselves in random order: a group of n rows would then hold sum(1 - (1 - share of the class)^n) classes."""
+    looked_at = np.unique(np.linspace(0, len(rows.group_file) - 1, LOOKED_AT).astype(np.int64))
+    labels = [found for found in rows.labels_of(looked_at) if len(found)]
+    if len(labels) < 2:
+        return []
+    _, counts = np.unique(np.concatenate(labels), return_counts=True)
+    shares = counts / counts.sum()
+    found = np.mean([len(np.unique(group)) for group in labels])
+    mixed = np.mean([np.sum(1 - (1 - shares) ** len(group)) for group in labels])
+    if found >= FEW * mixed:
+        return []
+    return [
+        f"The rows of {split} lie sorted by class: a row group of {np.mean([len(group) for group in labels]):.0f} rows "
+        f"holds {found:.1f} classes, and would hold {mixed:.1f} if the {len(labels)} that were looked at were mixed. "
+        "A stream mixes only as many rows as --shuffle_buffer_size says; "
+        f"`vit-hf data prepare --dataset_name {name} --output_dir FOLDER` writes a copy in random order."
+    ]
 
 
 def _find_shards(
