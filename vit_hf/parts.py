@@ -256,6 +256,7 @@ def make_evaluate(
         rank=accelerator.process_index,
         class_index=class_index,
         keep=keep,
+        say=accelerator.print,
     )
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)

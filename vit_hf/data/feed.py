@@ -3,18 +3,18 @@
 This is all that a run calls once it has rows. It must not know models or training.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
 
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded, worth_decoding
-from vit_hf.data.device import DeviceBatches
+from vit_hf.data.device import DeviceBatches, promised_bytes
 from vit_hf.data.faults import Faults
-from vit_hf.data.machine import usable_cores
+from vit_hf.data.machine import SHARED_MEMORY, processes_here, shared_memory_free, shared_memory_needed, usable_cores
 from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.interface import Rows
@@ -44,8 +44,34 @@ def workers_per_process(asked: int | None, num_processes: int) -> int:
     for, or this process's share of the machine's cores, at most 16."""
     if asked is not None:
         return asked
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    return min(16, max(1, usable_cores() // on_this_machine))
+    return min(16, max(1, usable_cores() // processes_here(num_processes)))
+
+
+def to_device(
+    batches: ImageBatches,
+    order: Any,
+    device: torch.device,
+    faults: Faults,
+    *,
+    batch_size: int,
+    num_workers: int,
+    num_processes: int,
+    say: Callable[[str], None],
+) -> DeviceBatches:
+    """The micro-batches of an order on the device. Workers send them through shared memory where this process's share
+    of what is free holds them, beside those of its other loaders; else through a pipe."""
+    workers = 0 if batches.pixels is not None else num_workers
+    height, width = batches.preprocessing.image_size
+    needed = shared_memory_needed(batch_size * height * width * 3, workers)
+    free = shared_memory_free()
+    shared = free is None or needed == 0 or needed + promised_bytes() <= free // processes_here(num_processes)
+    if not shared:
+        say(
+            f"note: {'training' if batches.training else 'evaluation'} images take up to {needed / 1e6:.1f} MB of shared "
+            f"memory in each of {processes_here(num_processes)} processes, and {free / 1e6:.1f} MB are free in "
+            f"{SHARED_MEMORY}: the {workers} workers send theirs through a pipe (more shared memory: docker's --shm-size)"
+        )
+    return DeviceBatches(batches, order, device, workers, faults, needed_bytes=needed, shared=shared)
 
 
 def open_batches(
@@ -119,7 +145,17 @@ def train_batches(
         say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")
     else:
         say(f"images: read and decoded batch by batch, {workers} workers a process")
-    return DeviceBatches(batches, order, device, workers, faults), batches.pixels is not None
+    loader = to_device(
+        batches,
+        order,
+        device,
+        faults,
+        batch_size=plan.micro_batch_size,
+        num_workers=workers,
+        num_processes=plan.num_processes,
+        say=say,
+    )
+    return loader, batches.pixels is not None
 
 
 def eval_batches(
@@ -133,6 +169,7 @@ def eval_batches(
     rank: int,
     class_index: list[int] | None = None,
     keep: bool = True,
+    say: Callable[[str], None] = print,
 ) -> DeviceBatches:
     """The evaluation batches of this process, each sample once over all processes; what can be kept decoded is decoded
     once.
@@ -150,4 +187,13 @@ def eval_batches(
         batch_size=settings.eval_batch_size,
         num_workers=workers,
     )
-    return DeviceBatches(batches, order, device, workers, faults)
+    return to_device(
+        batches,
+        order,
+        device,
+        faults,
+        batch_size=order.batch_size,
+        num_workers=workers,
+        num_processes=num_processes,
+        say=say,
+    )
