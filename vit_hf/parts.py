@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import accelerate
 import datasets
@@ -39,8 +39,7 @@ from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.ema import EMA
 from vit_hf.training.optimizer import make_optimizer, parameter_groups
 from vit_hf.training.schedule import BatchPlan, Schedule
-
-T = TypeVar("T")
+from vit_hf.training.waiting import machine_first, main_process_first
 
 
 def start(args: Any) -> accelerate.Accelerator:
@@ -75,22 +74,6 @@ def model_errors(args: Any) -> Iterator[None]:
         raise
 
 
-def main_process_first(accelerator: accelerate.Accelerator, function: Callable[[], T]) -> T:
-    """Calls a function on the main process, then on the others, which find its caches. A user's error on the main
-    process ends all of them alike, instead of leaving the others to wait for a process that is gone."""
-    outcome: list[Any] = [None]
-    result = None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except UserError as error:
-            outcome = [error.with_traceback(None)]
-    error = accelerate.utils.broadcast_object_list(outcome)[0]
-    if error is not None:
-        raise error
-    return result if accelerator.is_main_process else function()
-
-
 def splits_loader(args: Any) -> Callable[..., ImageSplits]:
     """`load_image_splits` with the flags of a set and its subset."""
     subset = SubsetRule(
@@ -106,8 +89,10 @@ def splits_loader(args: Any) -> Callable[..., ImageSplits]:
 
 
 def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
-    """The two splits, on every process; the main process downloads or generates first."""
-    splits = main_process_first(accelerator, functools.partial(splits_loader(args), streaming=args.streaming))
+    """The two splits, on every process; the main process downloads, scans or generates, and the others open what it
+    has made."""
+    load = functools.partial(splits_loader(args), streaming=args.streaming)
+    splits = main_process_first(accelerator, load, f"loading {args.dataset_name}")
     for note in splits.notes:
         accelerator.print(f"note: {note}")
     return splits
@@ -181,7 +166,8 @@ def make_train_batches(
 ) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
     """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
     kind, amount = parse_random_crop(args.random_crop)
-    batches, crops_on_device = train_batches(
+    make = functools.partial(
+        train_batches,
         split,
         preprocessing,
         StepPlan(
@@ -199,6 +185,7 @@ def make_train_batches(
         crop_scale=amount if kind == "scale" else None,
         say=accelerator.print,
     )
+    batches, crops_on_device = machine_first(accelerator, make, "decoding the training images")
     return iter(batches), crops_on_device
 
 
@@ -246,7 +233,8 @@ def make_evaluate(
     keep: bool = True,
 ) -> Callable[[], dict[str, float]]:
     """A function that evaluates the model as it then is; `class_index` and `keep` are those of `eval_batches`."""
-    batches = eval_batches(
+    make = functools.partial(
+        eval_batches,
         split,
         preprocessing,
         accelerator.device,
@@ -258,6 +246,7 @@ def make_evaluate(
         keep=keep,
         say=accelerator.print,
     )
+    batches = machine_first(accelerator, make, "decoding the evaluation images")
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)
     return lambda: evaluate_model(engine, batches, functools.partial(normalise, mean=mean, std=std), accelerator)
