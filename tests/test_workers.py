@@ -130,7 +130,10 @@ def test_what_does_not_fit_is_said_with_both_figures_and_goes_through_a_pipe(mon
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert loaders() == (True, False)
     (note,) = [line for line in said if line.startswith("note")]
-    assert "evaluation images take up to 0.3 MB of shared memory" in note and "0.6 MB are free in /dev/shm" in note
+    assert (
+        "evaluation images take up to 0.3 MB of shared memory in each of 2 processes" in note
+        and "0.6 MB are free in /dev/shm" in note
+    )
     free[0] = 10_000
     assert loaders() == (False, False)
     assert len([line for line in said if line.startswith("note")]) == 2

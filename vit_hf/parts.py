@@ -24,6 +24,7 @@ from vit_hf.arguments import (
 )
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
+from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
 from vit_hf.data.order import StepPlan
@@ -163,7 +164,7 @@ def make_train_batches(
     first_step: int,
     accelerator: accelerate.Accelerator,
     faults: Faults,
-) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
+) -> tuple[DeviceBatches, bool]:
     """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
     kind, amount = parse_random_crop(args.random_crop)
     make = functools.partial(
@@ -185,8 +186,7 @@ def make_train_batches(
         crop_scale=amount if kind == "scale" else None,
         say=accelerator.print,
     )
-    batches, crops_on_device = machine_first(accelerator, make, "decoding the training images")
-    return iter(batches), crops_on_device
+    return machine_first(accelerator, make, "decoding the training images")
 
 
 def make_augment(

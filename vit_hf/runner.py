@@ -24,6 +24,7 @@ from vit_hf.data.faults import DataReport
 from vit_hf.data.feed import workers_per_process
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.names import ImageSplits
+from vit_hf.data.starved import StarvedNote
 from vit_hf.errors import UserError
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
@@ -138,10 +139,22 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     batches, crops_on_device = make_train_batches(
         args, splits.train, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
+    starved = StarvedNote(
+        None if batches.batches.pixels is not None else batches.loader.num_workers,
+        accelerator.num_processes,
+        say=accelerator.print,
+        record=functools.partial(append_event, output_dir) if accelerator.is_main_process else None,
+    )
+
+    def extra_metrics(speed: dict[str, float]) -> dict[str, int]:
+        starved.look(speed["images_per_second"], speed["data_wait_fraction"])
+        return report.collect()
+
+    stream = iter(batches)
     try:
         train(
             state,
-            batches,
+            stream,
             plan=plan,
             schedule=schedule,
             settings=LoopSettings(
@@ -159,14 +172,14 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
             objective=soft_cross_entropy,
             evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
-            extra_metrics=report.collect,
+            extra_metrics=extra_metrics,
             mfu_scale=mfu_scale(accelerator, flops_per_image),
             training_flops_per_image=flops_per_image,
             draw=draw,
             first_step=manifest.get("step", 0),
         )
     finally:
-        batches.close()
+        stream.close()
     export(args, state, preprocessing, resolved, report.collect(), name, start_time)
 
 

@@ -1,4 +1,4 @@
-"""`vit-hf data prepare` and `vit-hf data show`: a smaller copy of a set; what training makes of its images."""
+"""`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come."""
 
 import sys
 from pathlib import Path
@@ -19,12 +19,15 @@ USAGE = """usage: vit-hf data COMMAND ...
 
 commands:
   prepare --dataset_name NAME --output_dir DIR   a copy of a set with smaller images, as parquet shards
-  show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them"""
+  show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
+  bench --config RECIPE                          images a second of the loader alone, on this machine"""
 
 
 def main(argv: list[str]) -> None:
-    """Copies a set with smaller images, or shows what training makes of one."""
-    commands = {"prepare": prepare, "show": show}
+    """Runs one of the commands for sets."""
+    from vit_hf.commands.data_bench import bench
+
+    commands = {"prepare": prepare, "show": show, "bench": bench}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return

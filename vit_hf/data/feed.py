@@ -66,9 +66,11 @@ def to_device(
     free = shared_memory_free()
     shared = free is None or needed == 0 or needed + promised_bytes() <= free // processes_here(num_processes)
     if not shared:
+        here = processes_here(num_processes)
+        each = f" in each of {here} processes" if here > 1 else ""
         say(
             f"note: {'training' if batches.training else 'evaluation'} images take up to {needed / 1e6:.1f} MB of shared "
-            f"memory in each of {processes_here(num_processes)} processes, and {free / 1e6:.1f} MB are free in "
+            f"memory{each}, and {free / 1e6:.1f} MB are free in "
             f"{SHARED_MEMORY}: the {workers} workers send theirs through a pipe (more shared memory: docker's --shm-size)"
         )
     return DeviceBatches(batches, order, device, workers, faults, needed_bytes=needed, shared=shared)
