@@ -1,6 +1,7 @@
 """Processes that wait for one that works: as long as it lives, and no longer."""
 
 import json
+import re
 
 import pytest
 
@@ -24,7 +25,8 @@ def test_a_first_process_slower_than_the_time_limit_of_collectives_does_not_end_
     result = launch(script, "cpu_2proc", output_dir=tmp_path / "run", ddp_timeout=10, **DEMO_DEFAULTS)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "calls").read_text() == "0\n"
-    assert (tmp_path / "said").read_text() == "loading digits: 11 s so far; the other processes wait"
+    said = (tmp_path / "said").read_text()
+    assert re.fullmatch(r"loading digits: 1\d s so far; the other processes wait", said), said
     for one, other in zip(trajectory(tmp_path / "single"), trajectory(tmp_path / "run"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
