@@ -18,18 +18,19 @@ DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
 
 def build_model(args: RunArguments, class_names: list[str]):
     """The preset with random weights, or, with --model_name_or_path, training that goes on from given weights."""
-    from vit_hf.data.preprocessing import processor_normalisation
+    from vit_hf.data.preprocessing import own_preprocessing
+    from vit_hf.models.configuration_vit import pair
     from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
 
     changes = parse_overrides(args.config_overrides)
     if args.image_size is not None:
         changes["image_size"] = parse_image_size(args.image_size)
     if args.preset is not None:
-        return from_preset(args.preset, class_names, changes), ([0.5] * 3, [0.5] * 3)
+        return from_preset(args.preset, class_names, changes), None
     model = load_pretrained(args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    own = own_preprocessing(args.model_name_or_path, args.revision, pair(model.config.image_size))
     same_classes = list(model.config.id2label.values()) == class_names
-    model = for_new_labels(model, class_names, changes, keep_head=same_classes)
-    return model, processor_normalisation(args.model_name_or_path, args.revision)
+    return for_new_labels(model, class_names, changes, keep_head=same_classes), own
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
     python benchmarks/data.py --output benchmarks/results/NAME.json
     python benchmarks/data.py --figures small,large
+    pip install --no-deps --target FOLDER timm torchvision && python benchmarks/data.py --timm FOLDER
     python benchmarks/data.py --table benchmarks/results/*data.json
 
 small     32-pixel PNGs, crop, flip and RandAugment: ours; a transform in Pillow for each sample (`with_transform`) in a
-          DataLoader with as many workers as cores; kornia's batched RandAugment, where it is installed
-large     500x375 JPEGs, random resized crop to 224 and flip, on one core: the same transform in Pillow; ours; ours from
-          the copy that `vit-hf data prepare` makes; and what of it the host does where the rest is left to a GPU
+          DataLoader with as many workers as cores; timm's transforms in the same way (--timm); kornia's batched
+          RandAugment, where it is installed
+large     500x375 JPEGs, random resized crop to 224 and flip, on one core: the same transform in Pillow; timm's own
+          (--timm); ours; ours from the copy that `vit-hf data prepare` makes; and what of it the host does where the rest
+          is left to a GPU
 fractal   pictures of the fractal set, computed as they are needed, on one core
 training  a model end to end, augmentation on: our loop; transformers.Trainer; and the ceiling, the same model on one
           batch that lies on the device already
@@ -17,12 +20,15 @@ or is shared slows all of them.
 """
 
 import functools
+import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +43,7 @@ import transformers
 from PIL import Image, ImageEnhance, ImageOps
 from reports import environment, read_report
 
-from vit_hf.arguments import Parser
+from vit_hf.arguments import Parser, RandomCrop
 from vit_hf.data.augment.pipeline import Augment
 from vit_hf.data.augment.policies import rand_augment
 from vit_hf.data.batches import ImageBatches
@@ -166,6 +172,25 @@ def large_transform(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {"pixel_values": images, "labels": batch["label"]}
 
 
+def timm_transform(size: int, **options: Any) -> Callable | None:
+    """timm's training transform for a batch of `with_transform`; None where timm is not there."""
+    if importlib.util.find_spec("timm") is None:
+        return None
+    # timm imports torchvision, whose wheel registers operators that a CPU build of torch has not; its transforms are
+    # plain Python and need none of them
+    register, torch.library.register_fake = torch.library.register_fake, lambda *_, **__: lambda function: function
+    try:
+        from timm.data import create_transform
+    finally:
+        torch.library.register_fake = register
+    each = create_transform(size, is_training=True, color_jitter=None, interpolation="bilinear", **options)
+
+    def transform(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"pixel_values": [each(image.convert("RGB")) for image in batch["image"]], "labels": batch["label"]}
+
+    return transform
+
+
 def peer_loader(dataset: datasets.Dataset, transform: Callable, batch_size: int, workers: int) -> Iterator[Any]:
     loader = torch.utils.data.DataLoader(
         dataset.with_transform(transform),
@@ -219,12 +244,15 @@ def small(folder: Path, device: torch.device) -> dict[str, Turn]:
     dataset = image_set(folder / "png", 10_000, "png")
     rows = TableRows(dataset.cast_column("image", datasets.Image(decode=False)))
     batches = ImageBatches(rows, Preprocessing((32, 32)), decoded(rows, Preprocessing((32, 32)), str(folder)))
-    augment = augmentation(device, crop=("padding", 4), policies=[rand_augment])
+    augment = augmentation(device, crop=RandomCrop("padding", 4), policies=[rand_augment])
     peer = peer_loader(dataset, small_transform, 256, CORES)
     ways = {
         "Pillow, each sample": lambda: turn(peer, 256, 12, spare=4 * CORES),
         "ours": functools.partial(our_turn, our_batches(batches, 256, device), augment, 256, 120),
     }
+    if theirs := timm_transform(32, auto_augment="rand-m9-n2-p1.0"):  # both operations always, as the others do
+        timm_loader = peer_loader(dataset, theirs, 256, CORES)
+        ways["timm's transforms, each sample"] = lambda: turn(timm_loader, 256, 12, spare=4 * CORES)
     try:
         import kornia.augmentation as K
     except ImportError:
@@ -247,7 +275,7 @@ def large(folder: Path, device: torch.device) -> dict[str, Turn]:
 
     def ours(dataset: datasets.Dataset, finish: Callable[[Any], Any] = lambda batch: augment(batch, 0, 0, 0)) -> Turn:
         rows = TableRows(dataset.cast_column("image", datasets.Image(decode=False)))
-        batches = ImageBatches(rows, Preprocessing((224, 224)), crop_scale=0.08)
+        batches = ImageBatches(rows, Preprocessing((224, 224)), crop=RandomCrop("scale", 0.08))
         return functools.partial(turn, map(finish, our_batches(batches, 32, cpu)), 32, 8, spare=1)
 
     peer = peer_loader(dataset, large_transform, 32, 0)
@@ -258,6 +286,9 @@ def large(folder: Path, device: torch.device) -> dict[str, Turn]:
         "ours, from the smaller copy": ours(copy),
         "ours, from the smaller copy, the host's share": ours(copy, lambda batch: batch),
     }
+    if theirs := timm_transform(224):
+        timm_loader = peer_loader(dataset, theirs, 32, 0)
+        ways["timm's transforms, each sample"] = lambda: turn(timm_loader, 32, 8, spare=1)
     return {name: functools.partial(on_one_core, way) for name, way in ways.items()}
 
 
@@ -299,7 +330,7 @@ def training(folder: Path, device: torch.device) -> dict[str, Turn]:
     batches = ImageBatches(rows, Preprocessing((32, 32)), decoded(rows, Preprocessing((32, 32)), str(folder)))
     batches.place_on_device(device)
     accelerator = accelerate.Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
-    augment = augmentation(device, crop=("padding", 4), policies=[rand_augment], mixup_alpha=0.2)
+    augment = augmentation(device, crop=RandomCrop("padding", 4), policies=[rand_augment], mixup_alpha=0.2)
 
     def new_state() -> TrainState:
         torch.manual_seed(0)
@@ -421,6 +452,7 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--figures", default=",".join(FIGURES), help="which, by comma")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--timm", help="folder with timm and torchvision, to measure timm's transforms too")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--table", type=Path, nargs="+", help="print the tables of such files, and stop")
     args = parser.parse_args()
@@ -432,11 +464,14 @@ def main() -> None:
         raise ArgumentError(f"--figures: {args.figures!r}, allowed are {', '.join(FIGURES)}")
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output: {args.output.parent} is no folder")
+    if args.timm:
+        sys.path.append(args.timm)  # only now: transformers would take torchvision for its own use
     keep_freed_memory()
     datasets.disable_progress_bars()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     report = environment(device) | {"rows": []}
-    report["versions"] |= {"datasets": datasets.__version__}
+    others = [name for name in ("datasets", "timm", "torchvision", "kornia") if importlib.util.find_spec(name)]
+    report["versions"] |= {name: importlib.metadata.version(name) for name in others}
     for figure in chosen:
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(FIGURES[figure](Path(folder), device), args.rounds)

@@ -5,6 +5,7 @@ import pytest
 
 from tests.runs import ROOT
 from vit_hf.arguments import (
+    RandomCrop,
     RunArguments,
     check,
     identity,
@@ -69,14 +70,32 @@ def test_identity_is_model_data_optimisation_and_seed():
 
 
 @pytest.mark.parametrize(
-    ("text", "parsed"), [("none", ("none", 0)), ("padding=4", ("padding", 4)), ("scale=0.08", ("scale", 0.08))]
+    ("text", "parsed"),
+    [
+        ("none", RandomCrop()),
+        ("padding=4", RandomCrop("padding", 4)),
+        ("scale=0.08", RandomCrop("scale", 0.08, "torchvision")),
+        ("scale=0.08,rule=torchvision", RandomCrop("scale", 0.08, "torchvision")),
+        ("scale=0.05,rule=tensorflow", RandomCrop("scale", 0.05, "tensorflow")),
+        ("simple", RandomCrop("simple", 4)),
+    ],
 )
 def test_random_crop(text, parsed):
     assert parse_random_crop(text) == parsed
 
 
 @pytest.mark.parametrize(
-    "text", ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""]
+    "text",
+    ["padding", "padding=x", "padding=-1", "scale=0", "scale=1.1", "crop=3", "none=1", ""]
+    + [
+        "scale=0.1,rule=timm",
+        "scale=0.1,0.2",
+        "scale=0.1,",
+        "padding=4,",
+        "padding=4,rule=tensorflow",
+        "simple=4",
+        "rule=tensorflow",
+    ],
 )
 def test_random_crop_refuses(text):
     with pytest.raises(ArgumentError, match="--random_crop"):
@@ -151,6 +170,11 @@ def test_help_is_complete_and_wrong_flags_exit_with_2():
         ("num_ops=2,magnitude=9", {"num_ops": 2, "magnitude": 9.0, "ops": "torchvision"}),
         ("magnitude=10,ops=big_vision", {"num_ops": 2, "magnitude": 10.0, "ops": "big_vision"}),
         ("num_ops=1, magnitude=7.5", {"num_ops": 1, "magnitude": 7.5, "ops": "torchvision"}),
+        (
+            "num_ops=2,magnitude=9,magnitude_std=0.5,increasing=true",
+            {"num_ops": 2, "magnitude": 9.0, "ops": "timm", "magnitude_std": 0.5},
+        ),
+        ("increasing=true", {"num_ops": 2, "magnitude": 9.0, "ops": "timm", "magnitude_std": 0.0}),
     ],
 )
 def test_randaugment_is_read(text, found):
@@ -158,7 +182,10 @@ def test_randaugment_is_read(text, found):
 
 
 @pytest.mark.parametrize(
-    "text", ["9", "num_ops=0", "num_ops=9", "magnitude=31", "magnitude=-1", "magnitude=11,ops=big_vision", "ops=timm", "n=2", "num_ops=two", ""]
+    "text",
+    ["9", "num_ops=0", "num_ops=9", "magnitude=31", "magnitude=-1", "magnitude=11,ops=big_vision", "ops=timm", "n=2", "num_ops=two", ""]
+    + ["magnitude_std=0.5", "increasing=false", "increasing=true,magnitude=11", "increasing=true,magnitude_std=-1"]
+    + ["increasing=true,ops=big_vision", "increasing=true,magnitude_std=nan"],
 )  # fmt: skip
 def test_randaugment_out_of_range_is_refused(text):
     with pytest.raises(ArgumentError, match="--randaugment: .* is not none or e.g."):
@@ -171,6 +198,7 @@ def test_randaugment_out_of_range_is_refused(text):
         ({"randaugment": "num_ops=2", "trivial_augment": True}, "only one of --trivial_augment and --randaugment"),
         ({"three_augment": True, "trivial_augment": True}, "only one of --trivial_augment and --three_augment"),
         ({"streaming": True, "aug_repeats": 3}, "--aug_repeats: 3 does not go with --streaming"),
+        ({"streaming": True, "class_balanced": True}, "--class_balanced: true does not go with --streaming"),
         ({"dataloader_num_workers": "some"}, "--dataloader_num_workers: 'some' is not auto or a number"),
         ({"dataloader_num_workers": "-1"}, "--dataloader_num_workers: '-1' is not auto or a number"),
         ({"subset_fraction": 0.5, "subset_per_class": 3}, "only one of --subset_fraction and --subset_per_class"),

@@ -5,18 +5,21 @@ import functools
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from torch.nn.functional import one_hot
 
+from vit_hf.arguments import RandomCrop, RunArguments
 from vit_hf.data import randomness
 from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
-from vit_hf.data.augment.erasing import random_erasing
-from vit_hf.data.augment.mixing import mix
+from vit_hf.data.augment.erasing import erasing_boxes, random_erasing
+from vit_hf.data.augment.mixing import Mixing, mix
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import color_jitter, rand_augment, trivial_augment
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.randomness import sample_keys, uniform
+from vit_hf.parts import make_augment
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
@@ -86,7 +89,7 @@ def test_resized_crop_equals_numpy_and_pillow():
     """To the rounding of grey levels; Pillow, which rounds twice, within one grey level, borders too."""
     pixels, keys = pixels_of(50), keys_of(50)
     flipped = np.arange(50) % 2 == 0
-    boxes = resized_crop_boxes(keys, (12, 10), 0.2)
+    boxes = resized_crop_boxes(keys, (12, 10), RandomCrop("scale", 0.2))
     found = random_resized_crop(pixels, boxes, flipped)
     assert found.dtype == torch.uint8
     for image, (top, left, height, width), mirrored, result in zip(
@@ -99,22 +102,37 @@ def test_resized_crop_equals_numpy_and_pillow():
         assert abs(result - np.asarray(pillow)).max() <= 1
 
 
-def test_crop_boxes_lie_inside_and_cover_the_stated_share():
-    height, width = 40, 60
-    top, left, box_height, box_width = resized_crop_boxes(keys_of(20_000), (height, width), 0.1).T
-    assert min(top.min(), left.min()) >= 0
-    assert (top + box_height).max() <= height + 1e-4 and (left + box_width).max() <= width + 1e-4
-    share, ratio = box_height * box_width / (height * width), box_width / box_height
-    whole = (box_height < height) & (box_width < width)  # not cut to the image
-    assert ratio[whole].min() >= 3 / 4 - 1e-5 and ratio[whole].max() <= 4 / 3 + 1e-5
-    assert share[whole].min() >= 0.1 - 1e-5 and share.max() <= 1 + 1e-5
-    small = share[share < 0.5]  # boxes this small always fit: uniform in area
-    assert whole[share < 0.5].all()
-    assert abs(np.histogram(small, 8, (0.1, 0.5))[0] / len(share) - 0.05 / 0.9).max() < 0.01
-    # uniform places: the centre of the box is the centre of the image on average
-    assert (
-        abs((top + box_height / 2).mean() - height / 2) < 0.2 and abs((left + box_width / 2).mean() - width / 2) < 0.3
-    )
+def test_bicubic_crop_equals_pillow_and_leaves_the_others_bilinear():
+    """Within one grey level, at the borders of the image too."""
+    pixels, keys = pixels_of(50), keys_of(50)
+    flipped, boxes = np.arange(50) % 2 == 0, resized_crop_boxes(keys, (12, 10), RandomCrop("scale", 0.2))
+    sharp = np.arange(50) % 3 == 0
+    every, some = (random_resized_crop(pixels, boxes, flipped, which) for which in (sharp | True, sharp))
+    soft = random_resized_crop(pixels, boxes, flipped)
+    assert torch.equal(some[sharp], every[sharp]) and torch.equal(some[~sharp], soft[~sharp])
+    for image, (top, left, height, width), mirrored, result in zip(
+        pixels.numpy(), boxes.astype(float), flipped, every.numpy().astype(int)
+    ):
+        result = result[:, ::-1] if mirrored else result
+        corners = (left, top, min(left + width, 10), min(top + height, 12))
+        pillow = Image.fromarray(image).resize((10, 12), Image.Resampling.BICUBIC, box=corners)
+        assert abs(result - np.asarray(pillow)).max() <= 1
+    whole = np.tile(np.array([0, 0, 12, 10], dtype=np.float32), (4, 1))
+    assert torch.equal(random_resized_crop(pixels[:4], whole, STAY[:4], np.ones(4, dtype=bool)), pixels[:4])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_a_samples_crop_is_resized_alike_wherever_it_is_cut(interpolation):
+    """On the device from a decoded set and while a worker decodes: half of the samples bicubic where it is drawn."""
+    keys = keys_of(2000)
+    how = choose_preprocessing((12, 10), None, lambda: [], interpolation=interpolation)
+    drawn = how.bicubic_crops(keys)
+    assert drawn.mean() == {"bilinear": 0, "bicubic": 1}.get(interpolation, pytest.approx(0.5, abs=0.04))
+    assert np.array_equal(how.bicubic_crops(keys[:7]), drawn[:7])  # by the key alone
+    pixels, keys, crop = pixels_of(40), keys_of(40), RandomCrop("scale", 0.3)
+    found = make(crop=crop, bicubic_crops=how.bicubic_crops).change(pixels, keys)
+    boxes = resized_crop_boxes(keys, (12, 10), crop)
+    assert torch.equal(found, random_resized_crop(pixels, boxes, np.zeros(40, dtype=bool), drawn[:40]))
 
 
 def test_box_of_the_whole_image_keeps_it():
@@ -155,6 +173,30 @@ def test_erasing_fills_one_box_of_the_stated_share_with_noise():
     assert torch.equal(random_erasing(pixels, keys_of(1500), 0.0), pixels)
 
 
+@pytest.mark.parametrize("mode", ["pixel", "const"])
+def test_erasing_after_normalisation_fills_the_same_boxes(mode):
+    """timm's modes: zeros, the mean colour, or normal noise of each value; by the key alone."""
+    batch = {**batch_of(np.arange(64)), "pixel_values": torch.full((64, 3, 40, 50), 255, dtype=torch.uint8)}
+    plain, _ = make()(batch, 0, 0, 0)
+    before, _ = make(erasing=0.5)(batch, 0, 0, 0)
+    found, _ = make(erasing=0.5, erasing_mode=mode)(batch, 0, 0, 0)
+    inside = (found != plain).any(1)
+    rows, start, end = erasing_boxes(keys_of(64, seed=7, epoch=3), (40, 50), 0.5)
+    expected = torch.zeros(64, 40, 50, dtype=torch.bool)
+    for row, (top, left), (bottom, right) in zip(rows, start.astype(int), end.astype(int)):
+        expected[row, top:bottom, left:right] = True
+    assert torch.equal(inside, expected) and not (before != plain).any(1)[~expected].any()
+    filled = found.permute(0, 2, 3, 1)[expected]
+    if mode == "const":
+        assert (filled == 0).all()
+    else:
+        assert scipy.stats.kstest(filled.flatten().numpy(), "norm").statistic < 1.95 / filled.numel() ** 0.5
+        assert abs(np.corrcoef(filled.T.numpy()) - np.eye(3)).max() < 5 / len(filled) ** 0.5
+    turned = torch.arange(63, -1, -1)
+    backwards = {name: value[turned] for name, value in batch.items()}
+    assert torch.equal(make(erasing=0.5, erasing_mode=mode)(backwards, 9, 1, 3)[0], found[turned])
+
+
 def test_normalised_values_are_the_image_processors():
     pixels = pixels_of(4)
     processor = Preprocessing((12, 10), image_mean=tuple(MEAN), image_std=tuple(STD)).image_processor()
@@ -178,11 +220,16 @@ def test_label_smoothing_spreads_over_all_classes():
 
 # --- what a sample looks like depends on its key alone ---
 
-CROPS = [("none", 0.0), ("padding", 2.0), ("scale", 0.2)]
+CROPS = [RandomCrop(kind, amount) for kind, amount in (("none", 0), ("padding", 2), ("simple", 4), ("scale", 0.2))]
+CROPS += [RandomCrop("scale", 0.2, "tensorflow")]
 POLICIES = {
     "none": {},
     "RandAugment": {"policies": [rand_augment]},
     "the other op set": {"policies": [functools.partial(rand_augment, magnitude=10, ops="big_vision")], "fill": 128},
+    "timm": {
+        "policies": [functools.partial(rand_augment, ops="timm", magnitude_std=0.5)], "fill": (9, 99, 199),
+        "erasing": 0.5, "erasing_mode": "pixel",
+    },
     "TrivialAugment, jitter, erasing": {
         "policies": [trivial_augment, functools.partial(color_jitter, strength=0.4)], "erasing": 0.5,
     },
@@ -209,7 +256,7 @@ def test_epoch_and_seed_change_what_a_sample_looks_like(crop):
     first, _ = apply(batch_of(index, epoch=0), 0, 0, 0)
     for pixels in (apply(batch_of(index, epoch=1), 0, 0, 0)[0], other(batch_of(index, epoch=0), 0, 0, 0)[0]):
         changed = (pixels != first).any(dim=3).any(dim=2).any(dim=1).float().mean()
-        assert changed > (0.2 if crop[0] == "none" else 0.7)  # a flip alone changes about half
+        assert changed > (0.2 if crop.kind == "none" else 0.7)  # a flip alone changes about half
 
 
 # --- mixup and cutmix ---
@@ -225,7 +272,7 @@ def inputs(batch: int = 5, height: int = 12, width: int = 10):
 def test_mixup_written_out(seed):
     pixel_values, targets = inputs()
     before = pixel_values.clone()
-    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(seed), 0.4, 0.0)
+    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(seed), Mixing(0.4, 0.0))
     share = np.random.default_rng(seed).beta(0.4, 0.4)
     for sample in range(5):
         partner = 4 - sample
@@ -241,7 +288,7 @@ def test_cutmix_written_out(seed):
     """A box of the other sample around a random centre, cut to the image; the targets follow its area as it is."""
     pixel_values, targets = inputs()
     before = pixel_values.clone()
-    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(seed), 0.0, 1.0)
+    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(seed), Mixing(0.0, 1.0))
     rng = np.random.default_rng(seed)
     side = (1 - rng.beta(1.0, 1.0)) ** 0.5
     y, x = rng.integers(12), rng.integers(10)
@@ -263,7 +310,7 @@ def test_elementwise_mixing_draws_for_each_sample():
     """Each sample is its own mixup or cutmix with its mirror place, and its target follows its own share."""
     pixel_values, targets = inputs(batch=64)
     targets = torch.eye(64)
-    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(0), 1.0, 1.0, mode="elem")
+    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(0), Mixing(1.0, 1.0, mode="elem"))
     shares, cuts = set(), 0
     for sample in range(64):
         own, other = pixel_values[sample], pixel_values[63 - sample]
@@ -283,15 +330,71 @@ def test_both_on_draws_each_half_of_the_time():
     pixel_values, targets = inputs()
     cut = 0
     for seed in range(200):
-        mixed, _ = mix(pixel_values, targets, np.random.default_rng(seed), 1.0, 1.0)
+        mixed, _ = mix(pixel_values, targets, np.random.default_rng(seed), Mixing(1.0, 1.0))
         partner = pixel_values.flip(0)
         cut += bool(((mixed == pixel_values) | (mixed == partner)).all())  # cutmix only moves values
     assert 70 <= cut <= 130
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_some_draws_mix_nothing(mode):
+    """With probability 1 - prob the sample and its target stay as they are, of mixup and of cutmix alike."""
+    pixel_values, targets = inputs(batch=64)
+    targets = torch.eye(64)
+    for alphas in ((1.0, 0.0), (0.0, 1.0)):
+        still = []
+        for seed in range(8 if mode == "elem" else 300):
+            mixing = Mixing(*alphas, mode=mode, prob=0.7)
+            mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(seed), mixing)
+            own = mixed_targets.diagonal() == 1
+            assert torch.equal(mixed[own], pixel_values[own])
+            still += own.tolist() if mode == "elem" else [own.all().item()]
+        # a cutmix box that leaves no pixel changes nothing either
+        assert abs(np.mean(still) - 0.3) < 0.075 + (0.03 if alphas[1] else 0)
+    mixed, mixed_targets = mix(pixel_values, targets, np.random.default_rng(0), Mixing(1.0, 1.0, mode, prob=0.0))
+    assert torch.equal(mixed, pixel_values) and torch.equal(mixed_targets, targets)
+
+
+@pytest.mark.parametrize(("switch_prob", "low", "high"), [(0.0, 0, 0), (0.2, 40, 80), (1.0, 300, 300)])
+def test_cutmix_is_chosen_with_the_stated_probability(switch_prob, low, high):
+    pixel_values, targets = inputs()
+    cut = 0
+    for seed in range(300):
+        mixing = Mixing(1.0, 1.0, switch_prob=switch_prob)
+        mixed, _ = mix(pixel_values, targets, np.random.default_rng(seed), mixing)
+        cut += bool(((mixed == pixel_values) | (mixed == pixel_values.flip(0))).all())
+    assert low <= cut <= high
+
+
+def test_mixing_ends_at_its_step():
+    batch = batch_of(np.arange(6))
+    plain, plain_targets = make()(batch, 0, 0, 0)
+    with_end, endless = make(mixing=Mixing(0.8, off_step=7)), make(mixing=Mixing(0.8))
+    assert torch.equal(with_end(batch, 6, 0, 0)[0], endless(batch, 6, 0, 0)[0])
+    assert not torch.equal(with_end(batch, 6, 0, 0)[0], plain)
+    for step in (7, 8, 10_000):
+        pixel_values, targets = with_end(batch, step, 1, 3)
+        assert torch.equal(pixel_values, plain) and torch.equal(targets, plain_targets)
+
+
+def test_the_flags_of_mixing_and_erasing_reach_the_batches():
+    """From the flags to the values, with the end of mixing as a step."""
+    args = RunArguments(
+        mixup_alpha=0.8, cutmix_alpha=1.0, mixup_mode="elem", mixup_prob=0.9, mixup_switch_prob=0.2, mixup_off_epoch=3,
+        random_erasing=0.3, random_erasing_mode="pixel", randaugment="increasing=true", random_crop="scale=0.1",
+    )  # fmt: skip
+    preprocessing = Preprocessing((32, 32), image_mean=(0.485, 0.456, 0.406))
+    augment = make_augment(args, preprocessing, 10, torch.device("cpu"), True, lambda epoch: 100 * epoch)
+    assert augment.mixing == Mixing(0.8, 1.0, "elem", prob=0.9, switch_prob=0.2, off_step=300)
+    assert (augment.erasing, augment.erasing_mode) == (0.3, "pixel") and augment.crop == RandomCrop("scale", 0.1)
+    assert augment.fill.tolist() == [124, 116, 104]
+    other = make_augment(RunArguments(random_crop="simple"), preprocessing, 10, torch.device("cpu"), False, int)
+    assert other.crop == RandomCrop() and other.mixing.off_step is None
+
+
 def test_augment_draws_the_mix_from_seed_step_micro_step_and_rank():
     batch = batch_of(np.arange(6))
-    apply = make(mixup_alpha=0.8, label_smoothing=0.1)
+    apply = make(mixing=Mixing(0.8), label_smoothing=0.1)
     found, targets = apply(batch, 3, 1, 2)
     plain, plain_targets = make(label_smoothing=0.1)(batch, 3, 1, 2)
     share = np.random.default_rng([7, 3, 1, 2]).beta(0.8, 0.8)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.runs import ROOT, python
 from tests.test_loader import BAD, image_set, png
+from vit_hf.arguments import RandomCrop
 from vit_hf.data import cache
 from vit_hf.data.cache import decoded, worth_decoding
 from vit_hf.data.decode import open_image, to_pixels
@@ -131,13 +132,17 @@ def test_a_file_larger_than_the_system_allows_does_not_end_the_process(tmp_path)
 def test_a_set_is_decoded_once_where_it_fits_and_loses_nothing(monkeypatch):
     rows = TableRows(image_set())  # 14 to 23 pixels wide, 16 to 20 high
     monkeypatch.setattr(cache, "DECODED_BYTES", 10 * 12 * 12 * 3)
-    assert worth_decoding(rows, PREPROCESSING, crops=False)
-    assert not worth_decoding(rows, PREPROCESSING, crops=True)  # crops of the originals have more detail
+    assert worth_decoding(rows, PREPROCESSING)
+    assert not worth_decoding(rows, PREPROCESSING, RandomCrop("scale", 0.1))  # crops of the originals have more detail
     monkeypatch.setattr(cache, "DECODED_BYTES", 10 * 12 * 12 * 3 - 1)
-    assert not worth_decoding(rows, PREPROCESSING, crops=False)
+    assert not worth_decoding(rows, PREPROCESSING)
     monkeypatch.undo()
-    assert worth_decoding(rows, Preprocessing((32, 32)), crops=True)
-    assert not worth_decoding(rows, Preprocessing((19, 32)), crops=True)
+    assert worth_decoding(rows, Preprocessing((32, 32)), RandomCrop("scale", 0.1))
+    assert not worth_decoding(rows, Preprocessing((19, 32)), RandomCrop("scale", 0.1))
+    assert not worth_decoding(rows, Preprocessing((32, 32)), RandomCrop("simple", 4))  # it keeps the images' shape
+    square = TableRows(image_set(bad={row: png(row, 16, 16) for row in range(10)}))  # in place of the others
+    assert worth_decoding(square, Preprocessing((32, 32)), RandomCrop("simple", 4))
+    assert not worth_decoding(square, Preprocessing((32, 24)), RandomCrop("simple", 4))
 
 
 @pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes", "other notes"])

@@ -1,6 +1,8 @@
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -146,6 +148,22 @@ def test_convert_to_timm_and_back_changes_nothing(trained, tmp_path, capsys):
         assert differ == [], (name, differ)
 
 
+def test_convert_keeps_the_resize_and_the_crop(trained, tmp_path):
+    """What the source says of its images, to timm and back."""
+    from vit_hf.data.preprocessing import Preprocessing, own_preprocessing
+
+    how = Preprocessing((32, 32), 35, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), resample=3)
+    shutil.copytree(trained, tmp_path / "source", ignore=shutil.ignore_patterns("checkpoint-*"))
+    how.image_processor().save_pretrained(tmp_path / "source")
+    dispatch(["convert", str(tmp_path / "source"), str(tmp_path / "timm"), "--to", "timm"])
+    pretrained = json.loads((tmp_path / "timm/config.json").read_text())["pretrained_cfg"]
+    assert pretrained["interpolation"] == "bicubic" and pretrained["crop_mode"] == "center"
+    assert int(32 / pretrained["crop_pct"]) == 35
+    for source in ("timm", "timm/model.safetensors"):
+        dispatch(["convert", str(tmp_path / source), str(tmp_path / source.replace("/", "_") / "back")])
+        assert own_preprocessing(str(tmp_path / source.replace("/", "_") / "back"), None, (1, 1)) == how
+
+
 def test_convert_refuses_a_broken_file_in_one_line(trained, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_bytes((trained / "config.json").read_bytes())
@@ -180,26 +198,62 @@ def test_data_show_draws_originals_and_what_becomes_of_them(tmp_path, capsys):
 
 def test_what_data_show_draws_is_what_training_sees():
     """The augmented pictures are those of the training batches of the same samples and epochs."""
-    from vit_hf.arguments import ShowArguments
+    from vit_hf.arguments import RandomCrop, ShowArguments
     from vit_hf.commands.data import show_augmentation
     from vit_hf.data.augment.pipeline import Augment
     from vit_hf.data.augment.policies import trivial_augment
     from vit_hf.data.order import epoch_order
     from vit_hf.parts import splits_loader
 
-    args = ShowArguments(dataset_name="digits", trivial_augment=True, random_crop="padding=4", seed=3)
+    args = ShowArguments(
+        dataset_name="digits", trivial_augment=True, random_crop="padding=4", seed=3, image_mean="0.3"
+    )
     splits = splits_loader(args)()
     originals, augmented, labels, targets = show_augmentation(args, splits, 32)
     index = epoch_order(3, 0, len(splits.train))[:8]
     assert labels == splits.train[index]["label"]
     assert (targets.argmax(2) == [[label] * 5 for label in labels]).all()
     augment = Augment(
-        seed=3, num_classes=10, mean=[0.0] * 3, std=[1.0] * 3, device=torch.device("cpu"), crop=("padding", 4),
+        seed=3, num_classes=10, mean=[0.3] * 3, std=[0.5] * 3, device=torch.device("cpu"), crop=RandomCrop("padding", 4),
         policies=[trivial_augment],
     )  # fmt: skip
     batch = {"pixel_values": torch.from_numpy(originals).permute(0, 3, 1, 2), "labels": torch.tensor(labels)}
     seen, _ = augment({**batch, "visit": torch.full((8,), 2), "index": torch.from_numpy(index)}, 0, 0, 0)
-    assert ((seen * 255).round().permute(0, 2, 3, 1) == torch.from_numpy(augmented[:, 2])).all()
+    assert (((seen * 0.5 + 0.3) * 255).round().permute(0, 2, 3, 1) == torch.from_numpy(augmented[:, 2])).all()
+
+
+SHOWN = {
+    "simple crop of images that are decoded each time": ["--random_crop", "simple", "--image_size", "24x16"],
+    "simple crop of a decoded set": ["--random_crop", "simple"],
+    "TensorFlow's boxes": ["--random_crop", "scale=0.05,rule=tensorflow"],
+    "timm's augmentation": (
+        "--randaugment magnitude_std=0.5,increasing=true --random_erasing 1 --random_erasing_mode const "
+        "--mixup_alpha 0.8 --cutmix_alpha 1 --mixup_prob 0.9 --mixup_switch_prob 0.3 --mixup_off_epoch 2"
+    ).split(),
+    "normal noise": ["--random_erasing", "1", "--random_erasing_mode", "pixel"],
+}
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_data_show_takes_what_training_takes(case):
+    """The pictures are uint8 of the model's size, change from epoch to epoch, and come out the same again; from the
+    epoch on that ends the mixing each has one label."""
+    from vit_hf.arguments import ShowArguments, parse, parse_image_size
+    from vit_hf.commands.data import show_augmentation
+    from vit_hf.parts import splits_loader
+
+    words = ["--dataset_name", "digits", "--image_mean", "0.2,0.4,0.8", *SHOWN[case]]
+    args = parse(ShowArguments, words, prog="show")
+    size = parse_image_size(args.image_size) or 32
+    splits = splits_loader(args)()
+    _, augmented, labels, targets = show_augmentation(args, splits, size)
+    assert augmented.shape == (8, 5, *(size if isinstance(size, list) else [size] * 2), 3)
+    assert not np.array_equal(augmented[:, 0], augmented[:, 1])
+    assert np.array_equal(show_augmentation(args, splits, size)[1], augmented)
+    if args.mixup_off_epoch:
+        assert (targets[:, :2].max(2) < 1).any() and (targets[:, 2:].max(2) == 1).all()
+        covered = (augmented[:, 2:] == (51, 102, 204)).all(4)  # the mean colour
+        assert covered.any((2, 3)).all()
 
 
 def test_data_prepare_writes_a_set_that_trains(tmp_path, capsys):

@@ -15,6 +15,7 @@ from vit_hf.models.convert import load_source, save_timm, to_timm
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HALF = ([0.5] * 3, [0.5] * 3)
+PIXELS = {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center", "mean": MEAN, "std": STD}
 NAMES = ["cat", "dog", "ship", "car", "tree"]
 TINY = dict(
     image_size=[24, 16], patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -254,7 +255,7 @@ def test_timm_hybrid_comes_back_to_the_bit(tmp_path):
     tensors = timm_tensors(depths=[2, 2, 2, 2], patches=2)
     folder = timm_folder(tmp_path, tensors, architecture="vit_small_r26_s32_224", size=(64, 32))
     model, _ = load_source(folder)
-    save_timm(model, tmp_path / "back", MEAN, STD)
+    save_timm(model, tmp_path / "back", PIXELS)
     assert_equal_tensors(load_file(tmp_path / "back/model.safetensors"), tensors)
     again, _ = load_source(tmp_path / "back")
     assert_equal_tensors(again.state_dict(), model.state_dict())
@@ -337,7 +338,7 @@ def described(config: ViTConfig) -> dict:
 @pytest.mark.parametrize("case", OURS)
 def test_ours_to_timm_and_back_is_the_same_model(tmp_path, case):
     model = tiny_model(**OURS[case])
-    save_timm(model, tmp_path / "timm", MEAN, STD)
+    save_timm(model, tmp_path / "timm", PIXELS)
     back, normalisation = load_source(tmp_path / "timm")
     assert normalisation == (MEAN, STD)
     assert_equal_tensors(back.state_dict(), model.state_dict())
@@ -348,7 +349,7 @@ def test_ours_to_timm_and_back_is_the_same_model(tmp_path, case):
 @pytest.mark.parametrize("pooling, pool", [("cls", "token"), ("mean", "avg"), ("map", "map")])
 def test_logits_of_what_is_written_for_timm_are_the_models(tmp_path, kind, pooling, pool):
     model = tiny_model(position_embedding=kind, pooling=pooling, num_register_tokens=2)
-    save_timm(model, tmp_path, MEAN, STD)
+    save_timm(model, tmp_path, PIXELS)
     expected = timm_logits(load_file(tmp_path / "model.safetensors"), images(24, 16), 4, pool, None)
     assert_near(logits(model, images(24, 16)), expected, atol=1e-9)
 
@@ -356,7 +357,7 @@ def test_logits_of_what_is_written_for_timm_are_the_models(tmp_path, kind, pooli
 def test_a_plain_vit_is_written_as_a_timm_repository_has_it(tmp_path):
     sizes = dict(image_size=224, patch_size=16, hidden_size=192, num_hidden_layers=12, num_attention_heads=3)
     model = ViTForImageClassification(ViTConfig(**TINY | sizes | dict(intermediate_size=768)))
-    save_timm(model, tmp_path, MEAN, STD)
+    save_timm(model, tmp_path, PIXELS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     tensors = load_file(tmp_path / "model.safetensors")
     no_embed_class = {"no_embed_class": True} if tensors["pos_embed"].shape[1] == 196 else {}
@@ -369,9 +370,8 @@ def test_a_plain_vit_is_written_as_a_timm_repository_has_it(tmp_path):
         "num_features": 192,
         "global_pool": "token",
         "pretrained_cfg": {
-            "input_size": [3, 224, 224], "fixed_input_size": True, "interpolation": "bilinear", "crop_pct": 1.0,
-            "crop_mode": "squash", "mean": MEAN, "std": STD, "num_classes": 5, "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "input_size": [3, 224, 224], "fixed_input_size": True, "num_classes": 5,
+            "first_conv": "patch_embed.proj", "classifier": "head", **PIXELS,
         },
         "label_names": NAMES,
     }  # fmt: skip
@@ -663,7 +663,7 @@ def test_a_folder_with_a_pickle_is_refused(tmp_path):
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path):
-    save_timm(tiny_model(), tmp_path, MEAN, STD)
+    save_timm(tiny_model(), tmp_path, PIXELS)
     config = json.loads((tmp_path / "config.json").read_text())
     config["model_args"]["depth"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -685,7 +685,7 @@ def test_one_array_is_no_npz_file(tmp_path):
     ],
 )  # fmt: skip
 def test_a_malformed_timm_config_is_one_line(part, name, value, tmp_path):
-    save_timm(tiny_model(), tmp_path, MEAN, STD)
+    save_timm(tiny_model(), tmp_path, PIXELS)
     config = json.loads((tmp_path / "config.json").read_text())
     (config.setdefault(part, {}) if part else config)[name] = value
     (tmp_path / "config.json").write_text(json.dumps(config))

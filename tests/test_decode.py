@@ -3,11 +3,12 @@
 import inspect
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
@@ -16,7 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from vit_hf.data.augment.pipeline import normalise
 from vit_hf.data.decode import DECODE_ERRORS, crop_to_pixels, decode_row, image_size, open_image, to_pixels
-from vit_hf.data.preprocessing import Preprocessing, processor_config, processor_normalisation
+from vit_hf.data.preprocessing import Preprocessing, own_preprocessing
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -113,6 +114,63 @@ def test_16_bits_are_scaled_to_8():
     assert np.array_equal(pixels, np.repeat((np.asarray(image) // 256)[..., None], 3, axis=2))
 
 
+def tiff(samples: np.ndarray, **tags: int | float) -> bytes:
+    """A grey TIFF file with tags by their numbers, tag_341=... and so on."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in tags.items():
+        number = int(name.removeprefix("tag_"))
+        info.tagtype[number] = 12 if number in (340, 341) else 3
+        info[number] = value
+    return encoded(Image.fromarray(samples), "TIFF", tiffinfo=info)
+
+
+DEEP = {
+    "floats from 0 to 1": (tiff(np.linspace(0, 1, 30, dtype=np.float32).reshape(5, 6)), 0, 1),
+    "floats with their range": (
+        tiff(np.linspace(-5, 20, 30, dtype=np.float32).reshape(5, 6), tag_340=-5.0, tag_341=20.0), -5, 20
+    ),
+    "32 bits with their range": (
+        tiff(np.linspace(0, 4000, 30).astype(np.int32).reshape(5, 6), tag_280=0, tag_281=4000), 0, 4000
+    ),
+    "16 bits": (tiff(np.linspace(0, 65535, 30).astype(np.uint16).reshape(5, 6)), 0, 65535),
+    "16 bits, PGM": (encoded(Image.fromarray(np.linspace(0, 65535, 30).astype(np.uint16).reshape(5, 6)), "PPM"), 0, 65535),
+    "the darkest of 16 bits": (tiff(np.arange(30, dtype=np.uint16).reshape(5, 6), tag_281=30), 0, 65535),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", DEEP)
+def test_grey_of_more_than_8_bits_is_scaled_by_its_range(name, cut):
+    """Where it would decode to black or white without a word. A range that stands in a file of 16 bits does not count:
+    TIFF 6.0 keeps it from changing how an image looks."""
+    data, low, high = DEEP[name]
+    with Image.open(io.BytesIO(data)) as image:
+        samples = np.asarray(image).astype(float)
+    expected = np.minimum((samples - low) / (high - low) * 256, 255).astype(np.uint8)
+    whole = lambda size: (0.0, 0.0, *map(float, size))  # noqa: E731
+    found = decode_row({"bytes": data, "path": None}, Preprocessing((5, 6)), whole if cut else None)
+    assert np.array_equal(found, np.repeat(expected[..., None], 3, axis=2))
+
+
+UNKNOWN = {
+    "32 bits": (tiff(np.arange(30, dtype=np.int32).reshape(5, 6)), "32 .*bits"),
+    "floats above 1": (
+        tiff(np.linspace(0, 2, 30, dtype=np.float32).reshape(5, 6)),
+        "from 0 to 2, its range is 0 to 1",
+    ),
+    "floats that are none": (tiff(np.full((5, 6), np.nan, dtype=np.float32)), "nan"),
+    "outside of what is told": (tiff(np.full((5, 6), 9, dtype=np.float32), tag_340=0.0, tag_341=8.0), "0 to 8"),
+    "a range of nothing": (tiff(np.zeros((5, 6), dtype=np.float32), tag_340=0.0, tag_341=0.0), "0 to 0"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_grey_whose_range_is_not_known_is_a_bad_image_with_the_reason(name):
+    data, reason = UNKNOWN[name]
+    found = decode_row({"bytes": data, "path": None}, Preprocessing((5, 6)))
+    assert isinstance(found, str) and re.search(reason, found)
+
+
 def test_gray_becomes_three_equal_channels():
     image = picture(6, 5, "L")
     pixels = np.asarray(open_image({"bytes": encoded(image), "path": None}))
@@ -158,14 +216,17 @@ def photograph(width: int, height: int) -> Image.Image:
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("MPO", "RGB")])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(monkeypatch, mode, turned):
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(monkeypatch, kind, mode, turned):
     """At a quarter where the box allows it, upright, and the box where it belongs: within two grey levels on average of
     the crop of the fully decoded picture. A turned one is decoded whole."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(photograph(640, 480).convert(mode), "JPEG", quality=95, **({"exif": exif} if turned else {}))
+    options = {"quality": 95} | ({"exif": exif} if turned else {})
+    options |= {"save_all": True, "append_images": [photograph(64, 48)]} if kind == "MPO" else {}
+    data = encoded(photograph(640, 480).convert(mode), kind, **options)
+    assert Image.open(io.BytesIO(data)).format == kind
     value, preprocessing = {"bytes": data, "path": None}, PREPROCESSINGS["square"]
     whole = open_image(value)
     box, seen, drafts = (101.5, 60.25, 250.0, 300.0), [], []
@@ -189,6 +250,43 @@ def test_pixels_take_the_place_of_a_file():
     assert np.array_equal(decode_row(np.asarray(image), preprocessing), to_pixels(image, preprocessing))
     cut = decode_row(np.asarray(image), preprocessing, lambda size: (4.0, 6.0, 32.0, 32.0))
     assert np.array_equal(cut, np.asarray(image)[4:36, 6:38])
+
+
+@pytest.mark.parametrize("bicubic, resample", [(False, Image.Resampling.BILINEAR), (True, Image.Resampling.BICUBIC)])
+def test_a_box_is_resized_as_pillow_resizes_the_cut(bicubic, resample):
+    image = picture(50, 40)
+    value, box = {"bytes": encoded(image), "path": None}, lambda size: (4.0, 6.0, 33.0, 39.0)
+    for size in ((20, 24), (64, 48)):
+        found = decode_row(value, Preprocessing(size), box, bicubic=bicubic)
+        expected = image.crop((6, 4, 45, 37)).resize(size[::-1], resample)
+        assert abs(found.astype(int) - np.asarray(expected)).max() <= 1
+
+
+NOT_PIXELS = {
+    "floats": np.zeros((5, 6, 3), dtype=np.float32),
+    "64 bits": np.zeros((5, 6, 3), dtype=np.int64),
+    "no channels": np.zeros((5, 6), dtype=np.uint8),
+    "channels first": np.zeros((3, 5, 6), dtype=np.uint8),
+    "empty": np.zeros((0, 6, 3), dtype=np.uint8),
+    "no row": None,
+}
+
+
+@pytest.mark.parametrize("name", NOT_PIXELS)
+def test_pixels_of_another_kind_are_a_bad_image(name):
+    found = decode_row(NOT_PIXELS[name], PREPROCESSINGS["square"])
+    assert isinstance(found, str)
+    if name != "no row":
+        assert "allowed are uint8 (height, width, 3)" in found and str(NOT_PIXELS[name].dtype) in found
+
+
+def test_no_more_memory_is_not_a_bad_image(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", no_memory)
+    with pytest.raises(MemoryError):
+        decode_row({"bytes": encoded(picture(8, 9)), "path": "x.png"}, PREPROCESSINGS["square"])
 
 
 def test_size_is_read_off_the_header():
@@ -225,11 +323,7 @@ def test_rows_without_a_file_raise_a_decode_error(value):
 @pytest.mark.parametrize("name", PREPROCESSINGS)
 def test_exported_processor_reads_back_as_it_was(tmp_path, name):
     PREPROCESSINGS[name].image_processor().save_pretrained(tmp_path)
-    config = processor_config(str(tmp_path))
-    assert Preprocessing.from_config(config, (99, 99)) == PREPROCESSINGS[name]
-    assert processor_normalisation(str(tmp_path)) == (
-        list(PREPROCESSINGS[name].image_mean), list(PREPROCESSINGS[name].image_std)
-    )  # fmt: skip
+    assert own_preprocessing(str(tmp_path), None, (99, 99)) == PREPROCESSINGS[name]
 
 
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": True, "do_resize": True}
@@ -278,9 +372,8 @@ def test_other_steps_are_refused(config):
         Preprocessing.from_config({"size": 32, **config}, (32, 32))
 
 
-def test_folder_without_a_processor_says_half(tmp_path):
-    assert processor_config(str(tmp_path)) == {}
-    assert processor_normalisation(str(tmp_path)) == ([0.5] * 3, [0.5] * 3)
+def test_folder_without_a_processor_says_nothing(tmp_path):
+    assert own_preprocessing(str(tmp_path), None, (32, 32)) is None
 
 
 def test_exported_processor_names_a_class_of_transformers(tmp_path):

@@ -62,7 +62,7 @@ def fails(tmp_path, capsys):
         (r"--image_std: '0' is not", dict(image_std="0")),
         (r"--image_std: 'nan' is not", dict(image_std="nan")),
         (r"--num_train_epochs: 'inf' is not a number", dict(num_train_epochs="inf", max_steps=None)),
-        (r"--random_crop: padding=32 is not below the image's side of 32 pixels", dict(random_crop="padding=32")),
+        (r"--random_crop: a padding of 32 is not below the image's side of 32 pixels", dict(random_crop="padding=32")),
         (r"--seed: 99999999999 is out of range, allowed is from 0 to 4294967295", dict(seed=99999999999)),
         (r"--adam_beta1: 1.0 would never", dict(adam_beta1=1)),
         (r"num_channels is 1, .* allowed is 3", dict(config_overrides="num_channels=1")),
@@ -183,3 +183,14 @@ def test_finetune_without_flags_names_the_command_that_makes_its_model(tmp_path,
     with pytest.raises(SystemExit) as stopped:
         exit_with(lambda: in_process("finetune"))
     assert stopped.value.code == 1 and "python run_pretrain.py" in capsys.readouterr().err
+
+
+def test_no_more_memory_is_one_line(capsys):
+    def entry():
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    with pytest.raises(SystemExit) as end:
+        exit_with(entry)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: this process found no more memory") and "9 GiB" in said

@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 
 from tests.runs import python
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
-from vit_hf.data.decode import open_image, to_pixels
+from vit_hf.data.decode import crop_to_pixels, open_image, to_pixels
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
-from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.feed import LoadingSettings, open_batches, train_batches
+from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder, balanced_order
+from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
 from vit_hf.data.rows import retries, table
 from vit_hf.data.rows.table import TableRows
@@ -107,6 +109,68 @@ def test_repeated_samples_come_in_a_row_each_time_with_another_key(world, micro)
     assert len(set(stream)) == 120
 
 
+LABELS = np.random.RandomState(0).permutation(np.repeat([0, 1, 3], [24, 5, 1]))  # 30 samples, none of class 2
+
+
+def balanced(world: int = 1, micro: int | None = None, **changes) -> list[tuple[int, int]]:
+    """The (visit, index) of all steps in the order of the stream."""
+    ranks = [train_places(world, rank, micro, labels=LABELS, **changes) for rank in range(world)]
+    return [pair for together in zip(*ranks) for places in together for pair in pairs(places)]
+
+
+def test_balanced_epochs_keep_their_length_and_draw_all_classes_equally_often():
+    stream = balanced(total_steps=100)
+    visits, rows = np.zeros(30, dtype=int), np.array([index for _, index in stream])
+    for epoch in range(40):
+        counts = np.bincount(LABELS[rows[30 * epoch : 30 * epoch + 30]], minlength=4)
+        assert counts.tolist() == [10, 10, 0, 10]
+        assert len(set(LABELS[rows[30 * epoch : 30 * epoch + 10]])) > 1  # mixed
+        for row in rows[30 * epoch : 30 * epoch + 30]:
+            visits[row] += 1
+        assert all(np.ptp(visits[LABELS == label]) <= 1 for label in (0, 1, 3))
+    assert [visits[LABELS == label].tolist() for label in (1, 3)] == [[80] * 5, [400]]
+    assert sorted(stream) == sorted((visit, row) for row in range(30) for visit in range(visits[row]))  # a key each
+
+
+def test_shares_that_do_not_divide_differ_by_one_and_in_turn():
+    labels = np.repeat([0, 1, 2], [25, 4, 2])  # 31 places an epoch
+    counts = [np.bincount(labels[balanced_order(3, epoch, labels)[1]]).tolist() for epoch in range(6)]
+    assert counts == [[11, 10, 10], [10, 11, 10], [10, 10, 11]] * 2
+    visit, index = balanced_order(3, 2, labels)
+    assert np.array_equal(index, balanced_order(3, 2, labels)[1]) and visit[labels[index] == 2].min() == 10
+    assert not np.array_equal(index, balanced_order(4, 2, labels)[1])
+    even = np.arange(12) % 3  # nothing to balance: each sample once an epoch
+    visit, index = balanced_order(3, 5, even)
+    assert sorted(index) == list(range(12)) and set(visit) == {5}
+
+
+@pytest.mark.parametrize("world, micro", [(1, 4), (2, 6), (4, 3), (4, 1)])
+def test_a_balanced_global_step_holds_the_same_samples_however_it_is_cut(world, micro):
+    ranks = [train_places(world, rank, micro, labels=LABELS) for rank in range(world)]
+    assert steps_of(ranks) == steps_of([train_places(labels=LABELS)])
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 6])
+def test_a_balanced_start_at_a_step_equals_skipping_the_steps_before(first_step):
+    assert balanced(first_step=first_step) == balanced()[12 * first_step :]
+
+
+def test_repeated_samples_of_a_balanced_epoch_have_a_key_each():
+    stream = balanced(repeats=3, total_steps=20)
+    assert len(set(stream)) == 240
+    assert [index for _, index in stream] == [index for _, index in balanced(total_steps=20) for _ in range(3)][:240]
+
+
+def test_the_flag_balances_what_a_run_is_handed():
+    rows = image_set(12).remove_columns("label").add_column("label", [0] * 9 + [1] * 2 + [2])
+    plan = StepPlan(3, 0, 4, 1, 0, 6, 1)
+    for flag, counts in ((False, [18, 4, 2]), (True, [8, 8, 8])):
+        settings = LoadingSettings(num_workers=0, class_balanced=flag)
+        batches, _ = train_batches(rows, PREPROCESSING, plan, CPU, settings, Faults())
+        labels = torch.cat([batch["labels"] for batch in batches])
+        assert torch.bincount(labels).tolist() == counts
+
+
 # --- evaluation places ---
 
 
@@ -188,13 +252,17 @@ def test_class_index_renumbers_labels(batches_of):
     assert batch["labels"].tolist() == [5, 9, 1, 5]
 
 
-def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone(batches_of):
-    batches = batches_of(image_set(), seed=1, crop_scale=0.2)
+CROPS = [RandomCrop("scale", 0.2), RandomCrop("scale", 0.2, "tensorflow"), RandomCrop("simple", 4)]
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_crop_while_decoding_depends_on_seed_epoch_and_index_alone(crop, batches_of):
+    batches = batches_of(image_set(), seed=1, crop=crop)
     together = batches[places_of(4, 5, 6)]["pixel_values"]
     for place, row in enumerate((4, 5, 6)):
         assert torch.equal(batches[places_of(row)]["pixel_values"][0], together[place])
     assert not torch.equal(batches[places_of(4, 5, 6, visit=3)]["pixel_values"], together)
-    other = batches_of(image_set(), seed=2, crop_scale=0.2)
+    other = batches_of(image_set(), seed=2, crop=crop)
     assert not torch.equal(other[places_of(4, 5, 6)]["pixel_values"], together)
     whole = batches_of(image_set())
     assert not torch.equal(whole[places_of(4, 5, 6)]["pixel_values"], together)
@@ -204,9 +272,10 @@ def moved(batches, places, workers=0, faults=None):
     return list(DeviceBatches(batches, places, CPU, workers, faults or Faults()))
 
 
-def test_workers_give_the_same_batches_in_the_same_order(batches_of):
+@pytest.mark.parametrize("crop", CROPS[1:])
+def test_workers_give_the_same_batches_in_the_same_order(crop, batches_of):
     """Decoded row by row, with crops; and the tensors are as the loop wants them."""
-    batches = batches_of(image_set(30), seed=3, crop_scale=0.2)
+    batches = batches_of(image_set(30), seed=3, crop=crop)
     alone, shared = (moved(batches, train_places(2, 1, 3, total_steps=3), workers) for workers in (0, 2))
     assert len(alone) == len(shared) == 6
     for first, second, places in zip(alone, shared, train_places(2, 1, 3, total_steps=3)):
@@ -222,7 +291,7 @@ def test_default_generator_is_left_alone(workers, batches_of):
     """Dropout draws from it; a loader that did too would change a run with the number of workers."""
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    batches = batches_of(image_set(30), crop_scale=0.2, training=True)
+    batches = batches_of(image_set(30), crop=RandomCrop("scale", 0.2), training=True)
     moved(batches, train_places(1, 0, 12, total_steps=2), workers)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -420,3 +489,50 @@ def test_a_gpu_without_a_number_is_the_present_one(monkeypatch, batches_of):
     places = train_places(total_steps=1)
     loader = DeviceBatches(batches_of(image_set()), places, torch.device("cuda"), 0, Faults())
     assert loader.device == loader.stream == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation):
+    """Each sample's by its key."""
+    rows = image_set(30)
+    how = choose_preprocessing((12, 12), None, lambda: [], interpolation=interpolation)
+    batches = ImageBatches(TableRows(rows), how, seed=3, crop=RandomCrop("scale", 0.3), training=True)
+    index = np.arange(30)
+    batch = batches[BatchIndices(np.full(30, 2), index, np.ones(30, dtype=bool))]
+    keys = sample_keys(3, np.full(30, 2), index)
+    sharp, soft = how.bicubic_crops(keys), 0
+    for place, row in enumerate(TableRows(rows).read(index)[0]):
+        one, other = (
+            crop_to_pixels(row, batches._cut_of(keys[place : place + 1])["box_of"], how, kind)
+            for kind in (sharp[place], not sharp[place])
+        )
+        assert np.array_equal(batch["pixel_values"][place].numpy(), one)
+        soft += not np.array_equal(one, other)
+    assert soft > 20  # the two are not the same
+    assert (interpolation == "random") == (0 < sharp.sum() < 30)
+
+
+def test_a_decoded_set_whose_crops_are_cut_later_is_whole():
+    """The random crop takes the place of the centre; evaluation has the centre."""
+    rows, how = image_set(6), Preprocessing((10, 10), shortest_edge=14)
+    settings, device, crop = LoadingSettings(num_workers=0), torch.device("cpu"), RandomCrop("scale", 0.5)
+    found = open_batches(rows, how, device, settings, crop=crop, training=True, keep=False)
+    assert found.preprocessing == Preprocessing((10, 10)) and found.crop == crop
+    assert open_batches(rows, how, device, settings, keep=False).preprocessing == how
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_more_memory_ends_the_run_in_a_line_that_says_so(monkeypatch, workers):
+    """Also where bad images are skipped: it says nothing of the image."""
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("vit_hf.data.batches.decode_row", no_memory)
+    batches = ImageBatches(TableRows(image_set(30)), PREPROCESSING, on_bad_image="skip", training=True)
+    faults = Faults()
+    loader = DeviceBatches(batches, train_places(), torch.device("cpu"), workers, faults)
+    with pytest.raises(UserError, match="no more memory .*--dataloader_num_workers"):
+        next(iter(loader))
+    loader.close()
+    assert faults.bad == {}

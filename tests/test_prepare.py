@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from vit_hf.data.copy import plan, shard
 from vit_hf.data.copy.prepare import prepare
 from vit_hf.data.decode import open_image
 from vit_hf.data.sets.load import load_image_splits
-from vit_hf.data.sets.names import named_source
 from vit_hf.data.sets.subset import SubsetRule
 from vit_hf.errors import UserError
 
@@ -113,6 +113,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def mixed_rows(count: int) -> list[int]:
+    """The order of the training rows of a copy, as its page says it."""
+    return np.random.RandomState(0).permutation(count).tolist()
+
+
 def rows_of(folder: Path, split: str) -> list[dict]:
     return list(load_image_splits(str(folder)).__dict__["train" if split == "train" else "eval"])
 
@@ -138,13 +143,23 @@ def test_the_copy_loads_as_any_other_set(mixed, tmp_path):
     plain = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert list(plain) == ["train", "validation"]
     assert plain["train"].features == {
-        "image": datasets.Image(), "label": datasets.ClassLabel(names=["cat, tabby", "dog"])
+        "image": datasets.Image(), "label": datasets.ClassLabel(names=["cat, tabby", "dog"]),
+        "source_row": datasets.Value("int64"), "source_sha256": datasets.Value("string"),
     }  # fmt: skip
-    assert plain["train"]["label"][:] == [0] * 9 + [1] * 3 and plain["validation"]["label"][:] == [0, 1, 1]
-    assert plain["train"][0]["image"].size == (48, 32)
+    order = mixed_rows(12)
+    assert plain["train"]["label"][:] == [int(row >= 9) for row in order] and plain["validation"]["label"][:] == [
+        0,
+        1,
+        1,
+    ]
+    assert plain["train"]["source_row"][:] == order and plain["validation"]["source_row"][:] == [0, 1, 2]
+    contents = [*LARGE.values(), *SMALL.values()]
+    assert plain["train"]["source_sha256"][:] == [hashlib.sha256(contents[row]).hexdigest() for row in order]
+    assert plain["train"][order.index(0)]["image"].size == (48, 32)
     loaded = load_image_splits(str(folder))
     assert (loaded.class_names, loaded.eval_split, loaded.notes) == (["cat, tabby", "dog"], "validation", [])
-    assert [row["image"]["path"] for row in loaded.train] == [*LARGE, *SMALL]
+    assert [row["image"]["path"] for row in loaded.train] == [[*LARGE, *SMALL][row] for row in order]
+    assert loaded.train.column_names == ["image", "label"]
     sizes = {split: sum(file.stat().st_size for file in folder.glob(f"data/{split}-*")) for split in result}
     assert result == {
         "train": {"rows": 12, "shards": 2, "bytes": sizes["train"], "skipped": 0},
@@ -192,7 +207,8 @@ def test_files_carry_features_and_short_row_groups(tmp_path):
     footer = pyarrow.parquet.read_metadata(tmp_path / "copy/data" / names[1])
     assert [footer.row_group(number).num_rows for number in range(footer.num_row_groups)] == [100, 100, 40]
     schema = pyarrow.parquet.read_schema(tmp_path / "copy/data" / names[0])
-    assert datasets.Features.from_arrow_schema(schema) == features
+    found = datasets.Features.from_arrow_schema(schema)
+    assert {name: found[name] for name in features} == features
     assert rows_of(tmp_path / "copy", "test")[1] == {"image": images[0], "label": 1}
 
 
@@ -206,24 +222,27 @@ def test_card_and_checksums_and_no_path_of_this_machine(mixed):
     done = subprocess.run(["sha256sum", "-c", "checksums.sha256"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(": OK") == 3
     assert not [name for name, data in files_of(folder).items() if str(parent).encode() in data]
-    assert named_source(str(folder)) == "./pets" and not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_a_subset_and_a_held_out_tenth_are_copied_as_they_were_chosen(tmp_path):
     folder = image_folder(tmp_path / "set", train={"a": many(20), "b": many(10, 20)})
-    loading = {"subset": SubsetRule(fraction=0.5, seed=3), "seed": 7}
+    loading = {"subset": SubsetRule(fraction=0.5, seed=3), "split_seed": 7}
     chosen = load_image_splits(folder, **loading)
     result = copy(folder, tmp_path / "copy", loading=loading, source={"revision": "v2"})
     assert (result["train"]["rows"], result["test"]["rows"]) == (14, 3)  # half of 27, and a tenth
     for split, rows in (("train", chosen.train), ("test", chosen.eval)):
         names = [(os.path.basename(row["image"]["path"]), row["label"]) for row in rows]
+        names = [names[row] for row in mixed_rows(14)] if split == "train" else names
         assert [(row["image"]["path"], row["label"]) for row in rows_of(tmp_path / "copy", split)] == names
     content = json.loads((tmp_path / "copy/prepare.json").read_text())
     assert content["source"] == {"dataset_name": "./set", "revision": "v2", "subset": chosen.subset}
-    assert content["splits"]["test"]["source"] == "train (10% held out, seed 7)"
+    assert content["splits"]["test"]["source"] == "train (10% held out, split seed 7)"
     card = (tmp_path / "copy/README.md").read_text()
     assert chosen.subset["subset_hash"] in card and "- revision: `v2`\n" in card
-    assert "source.subset.rule.fraction 0.5 then, None now" in refusal(folder, tmp_path / "copy", loading={"seed": 7})
+    assert "source.subset.rule.fraction 0.5 then, None now" in refusal(
+        folder, tmp_path / "copy", loading={"split_seed": 7}
+    )
 
 
 def test_splits_of_other_names_become_train_and_test(tmp_path):
@@ -278,7 +297,8 @@ def is_gone(process: psutil.Process) -> bool:
 def test_an_interrupted_copy_goes_on_and_shows_no_trace(tmp_path, number):
     """The first shard is in the middle, for as long as it takes, while others get finished."""
     folder = plain_folder(tmp_path / "set", 15, 5)
-    first, output_dir = str(tmp_path / "set/train/a/000.jpg"), tmp_path / "copy"
+    assert 8 in mixed_rows(15)[:4]
+    first, output_dir = str(tmp_path / "set/train/a/008.jpg"), tmp_path / "copy"
     command = [sys.executable, "-c", INTERRUPTED, folder, first, output_dir, tmp_path / "cache"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -368,7 +388,7 @@ BAD = {"001 text.jpg": b"this is no image", "007 cut off.jpg": LARGE["0 twice.jp
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_bad_image_stops_the_work_and_is_named(tmp_path, num_processes):
-    folder = plain_folder(tmp_path / "set", 10, 2, BAD)
+    folder = plain_folder(tmp_path / "set", 10, 2, {"001 text.jpg": BAD["001 text.jpg"]})
     message = refusal(folder, tmp_path / "copy", num_processes=num_processes, rows_per_shard=20)
     path = tmp_path / "set/train/a/001 text.jpg"
     assert message == (
@@ -381,7 +401,8 @@ def test_a_bad_image_stops_the_work_and_is_named(tmp_path, num_processes):
 
 def test_a_bad_image_stops_the_other_processes_too(tmp_path, monkeypatch):
     """The one in the middle of the first shard, where the second shard has the bad image."""
-    folder, first = plain_folder(tmp_path / "set", 8, 1), tmp_path / "set/train/a/000.jpg"
+    assert 2 in mixed_rows(8)[:4] and 5 in mixed_rows(8)[4:]
+    folder, first = plain_folder(tmp_path / "set", 8, 1), tmp_path / "set/train/a/002.jpg"
     (tmp_path / "set/train/a/005.jpg").write_bytes(b"this is no image")
     splits, data = load_image_splits(folder), first.read_bytes()
     first.unlink()
@@ -406,7 +427,8 @@ def test_bad_images_are_left_out_and_listed_once(tmp_path, capsys):
     refusal(folder, tmp_path / "copy")
     result = copy(folder, tmp_path / "copy", on_bad_image="skip")  # a choice that may change on the way
     assert (result["train"]["rows"], result["train"]["skipped"], result["test"]["skipped"]) == (10, 3, 0)
-    assert [row["image"]["path"] for row in rows_of(tmp_path / "copy", "train")] == [n for n in names if n not in BAD]
+    kept = [names[row] for row in mixed_rows(13) if names[row] not in BAD]
+    assert [row["image"]["path"] for row in rows_of(tmp_path / "copy", "train")] == kept
     listed = [json.loads(line) for line in (tmp_path / "copy/bad_images.jsonl").read_text().splitlines()]
     assert [(bad["split"], bad["row"], bad["file"]) for bad in listed] == [("train", names.index(n), n) for n in BAD]
     assert listed[0]["reason"] == "UnidentifiedImageError: cannot identify image file"
@@ -429,10 +451,11 @@ def test_a_file_that_went_away_is_named_without_its_folder_in_the_copy(tmp_path)
 
 
 def test_shards_and_splits_without_a_good_image(tmp_path):
-    bad = {f"0 bad {number}.jpg": b"no image" for number in range(4)}  # the whole first shard
+    bad = {f"0 bad {number}.jpg": b"no image" for number in range(4)}
     folder = plain_folder(tmp_path / "set", 2, 1, bad)
-    copy(folder, tmp_path / "copy", on_bad_image="skip")
-    assert [row["image"]["path"] for row in rows_of(tmp_path / "copy", "train")] == list(many(2))
+    copy(folder, tmp_path / "copy", on_bad_image="skip", rows_per_shard=1)
+    assert sorted(row["image"]["path"] for row in rows_of(tmp_path / "copy", "train")) == list(many(2))
+    assert load_image_splits(str(tmp_path / "copy"), streaming=True, subset=SubsetRule(per_class=1)).train.files
     folder = image_folder(tmp_path / "none", train={"a": many(2), "b": many(1)}, test={"b": bad})
     message = refusal(folder, tmp_path / "empty", on_bad_image="skip")
     assert message == "test split: none of its 4 images decodes; look at --dataset_name"
@@ -491,9 +514,178 @@ def test_digests_in_the_checksums_are_those_of_the_files(mixed):
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
     from vit_hf.data.copy.prepare import _alone
 
-    (tmp_path / "prepare.json").write_text("{}")
     with _alone(tmp_path):
         with pytest.raises(UserError, match="another process is writing this copy"), _alone(tmp_path):
             pass
     with _alone(tmp_path):
         pass
+
+
+def test_two_that_both_found_an_empty_folder_do_not_both_write(tmp_path, monkeypatch):
+    """The second one looks while there is nothing yet, and goes on when the first one writes."""
+    from vit_hf.data.copy import prepare as preparing
+
+    folder, messages = plain_folder(tmp_path / "set", 5, 1), []
+    looked, may_go_on = threading.Event(), threading.Event()
+    look, make, writing = preparing.recorded_content, preparing.make_shards, []
+
+    def look_and_wait(output_dir):
+        found = look(output_dir)
+        if threading.current_thread() is second and not looked.is_set():
+            looked.set()
+            assert may_go_on.wait(60)
+        return found
+
+    def make_and_let_the_second_try(*args):
+        writing.append(threading.current_thread())
+        if threading.current_thread() is not second:
+            may_go_on.set()
+            second.join(60)
+        return make(*args)
+
+    monkeypatch.setattr(preparing, "recorded_content", look_and_wait)
+    monkeypatch.setattr(preparing, "make_shards", make_and_let_the_second_try)
+    second = threading.Thread(target=lambda: messages.append(refusal(folder, tmp_path / "copy")))
+    second.start()
+    assert looked.wait(60)
+    copy(folder, tmp_path / "copy")
+    assert writing == [threading.current_thread()]
+    assert messages == [f"--output_dir {tmp_path / 'copy'}: another process is writing this copy; let it finish"]
+    assert not list((tmp_path / "copy").rglob("*.tmp"))
+
+
+# ---- the order, and the subset of the original ----
+
+
+def test_a_class_sorted_set_is_mixed_in_its_copy(tmp_path):
+    """In any stretch of a batch's length there are many classes, where the source has one or two."""
+    label = datasets.ClassLabel(num_classes=20)
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    columns = {"image": [{"bytes": SMALL["0 smaller.png"], "path": None}] * 1000, "label": np.repeat(range(20), 50)}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(0, 1000, 50))}).save_to_disk(tmp_path / "set")
+    copy(str(tmp_path / "set"), tmp_path / "copy", rows_per_shard=250)
+    labels = np.array([row["label"] for row in rows_of(tmp_path / "copy", "train")])
+    classes = [len(set(part)) for part in labels.reshape(-1, 40)]
+    random = np.mean([len(set(np.random.RandomState(seed).permutation(columns["label"])[:40])) for seed in range(99)])
+    assert sorted(labels) == columns["label"].tolist() and min(classes) > 0.7 * random > 10
+    assert np.mean(classes) > 0.95 * random
+    assert [row["label"] for row in rows_of(tmp_path / "copy", "test")] == list(range(20))
+    assert json.loads((tmp_path / "copy/prepare.json").read_text())["row_order_seed"] == 0
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder of three classes in which images come twice, its copy, and a copy of that copy."""
+    folder = tmp_path_factory.mktemp("original")
+    classes = {
+        name: {f"{n:02d}.png": encoded(picture(40 + n // 2, 36 + k), "PNG") for n in range(count)}
+        for k, (name, count) in enumerate({"a": 14, "b": 9, "c": 20}.items())
+    }
+    source = image_folder(folder / "set", train=classes, test={name: dict([*files.items()][:2]) for name, files in classes.items()})  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        copy(source, folder / "copy")
+        copy(str(folder / "copy"), folder / "small", shorter_side=16)
+    return folder
+
+
+RULES = [
+    SubsetRule(fraction=0.37, seed=5),
+    SubsetRule(per_class=3),
+    SubsetRule(classes=["c", "a"]),
+    SubsetRule(fraction=0.5, classes=["b", "c"], seed=1),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "_".join(rule.describe()))
+def test_original_copy_and_stream_choose_the_same_images(original, rule):
+    chosen = load_image_splits(str(original / "set"), subset=rule)
+    names = sorted("/".join(row["image"]["path"].split("/")[-2:]) for row in chosen.train)
+    assert 0 < len(names) < 43 and chosen.subset["train_samples"] == len(names)
+    for folder in ("copy", "small"):
+        stored = load_image_splits(str(original / folder), subset=rule)
+        streamed = load_image_splits(str(original / folder), subset=rule, streaming=True)
+        whole = load_image_splits(str(original / folder))
+        for found in (stored, streamed):
+            assert found.subset == chosen.subset and found.class_names == chosen.class_names, folder
+            assert found.notes == [] and len(found.eval) == len(chosen.eval)
+        in_copy = [f"{stored.class_names[row['label']]}/{row['image']['path']}" for row in stored.train]
+        images, labels = streamed.train.read(np.arange(len(streamed.train)))
+        in_stream = [f"{streamed.class_names[label]}/{image['path']}" for image, label in zip(images, labels)]
+        assert sorted(in_copy) == sorted(in_stream) == names, folder
+        assert len(whole.train) == 43
+        _, labels = streamed.eval.read(np.arange(len(streamed.eval)))
+        assert labels.tolist() == chosen.eval["label"][:]
+
+
+def test_a_held_out_tenth_does_not_change_the_subset_of_the_rest(tmp_path):
+    folder, rule = image_folder(tmp_path / "set", train={"a": many(20), "b": many(10, 20)}), SubsetRule(fraction=0.5)
+    copy(folder, tmp_path / "copy")
+    chosen = load_image_splits(folder, subset=rule)
+    for streaming in (False, True):
+        found = load_image_splits(str(tmp_path / "copy"), subset=rule, streaming=streaming)
+        assert found.subset == chosen.subset and len(found.train) == len(chosen.train) == 14
+
+
+def test_a_stream_of_a_copy_is_evaluated_on_some_classes(original):
+    options = dict(subset=SubsetRule(classes=["c"]), streaming=True, need_train=False)
+    found = load_image_splits(str(original / "copy"), **options)
+    assert (len(found.eval), found.class_names, found.subset) == (2, ["c"], {})
+    assert found.eval.read(np.arange(2))[1].tolist() == [0, 0]
+
+
+def test_a_streamed_subset_of_a_copy_reads_no_image(original, monkeypatch):
+    from vit_hf.data.rows.parquet import ParquetRows
+
+    def fail(*args):
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr(ParquetRows, "_read_group", fail)
+    assert len(load_image_splits(str(original / "copy"), subset=RULES[0], streaming=True).train) == 16
+
+
+def test_a_subset_that_cannot_be_is_refused_in_a_stream_of_a_copy_too(original):
+    for rule in (SubsetRule(per_class=10), SubsetRule(classes=["d"]), SubsetRule(fraction=0.001)):
+        said = []
+        for options in ({}, {"streaming": True}):
+            with pytest.raises(UserError) as error:
+                load_image_splits(str(original / "copy"), subset=rule, **options)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+def test_a_copy_of_a_subset_is_counted_by_what_it_holds(original, tmp_path):
+    """The same number a class and the same classes change nothing more; a fraction is one of what is left."""
+    for rule in (SubsetRule(per_class=4), SubsetRule(classes=["c", "a"])):
+        output_dir = tmp_path / "_".join(rule.describe())
+        copy(str(original / "set"), output_dir, loading={"subset": rule})
+        chosen = load_image_splits(str(original / "set"), subset=rule)
+        assert load_image_splits(str(output_dir), subset=rule).subset == chosen.subset
+    half = SubsetRule(fraction=0.5)
+    copy(str(original / "set"), tmp_path / "half", loading={"subset": half})
+    assert load_image_splits(str(tmp_path / "half"), subset=half).subset["train_samples"] == 11  # of 22
+
+
+def test_a_copy_of_an_earlier_version_loads_and_says_what_it_lacks(original, tmp_path, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(original / "copy", old)
+    for path in old.glob("data/*.parquet"):
+        table = pyarrow.parquet.read_table(path, columns=["image", "label"])
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+        metadata = {**features.arrow_schema.metadata, shard.BAD_ROWS: "[]"}
+        pyarrow.parquet.write_table(table.cast(features.arrow_schema).replace_schema_metadata(metadata), path)
+    recorded = json.loads((old / "prepare.json").read_text())
+    del recorded["row_order_seed"]
+    (old / "prepare.json").write_text(json.dumps(recorded))
+    copy(str(original / "set"), old)
+    assert "note: an earlier version made it" in capsys.readouterr().out
+    (old / "checksums.sha256").unlink()
+    assert "(row_order_seed None then, 0 now)" in refusal(str(original / "set"), old)
+    assert load_image_splits(str(old)).notes == []
+    for options in ({}, {"streaming": True}):
+        loaded = load_image_splits(str(old), subset=RULES[0], **options)
+        notes = [note for note in loaded.notes if note.startswith(f"The copy {old} does not say which images")]
+        assert len(notes) == 1 and "differ from those of the original" in notes[0]
+    with pytest.raises(UserError, match="a copy by `vit-hf data prepare`"):
+        load_image_splits(str(old), subset=RULES[1], streaming=True)

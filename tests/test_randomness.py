@@ -13,11 +13,12 @@ USES = [
     randomness.FLIP,
     randomness.CROP_TOP,
     randomness.CROP_LEFT,
-    randomness.CROP_AREA,
-    randomness.CROP_RATIO,
     randomness.REPLACEMENT,
+    randomness.ERASE,
+    randomness.CROP_ATTEMPTS,
+    randomness.CROP_ATTEMPTS + 7,
+    randomness.ERASE_ATTEMPTS + 1,
 ]
-USES += [randomness.ERASE, randomness.ERASE_TOP, randomness.ERASE_RATIO]
 
 
 def keys_of(num: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
@@ -41,8 +42,9 @@ def test_many_uses_at_once_draw_what_each_draws_alone():
 
 def test_no_use_is_shared():
     layers = 1000 + 8 * np.arange(12)[:, None] + np.arange(8)
-    names = "FLIP CROP_TOP CROP_LEFT CROP_AREA CROP_RATIO ERASE ERASE_TOP ERASE_LEFT ERASE_AREA ERASE_RATIO".split()
-    others = [getattr(randomness, name) for name in names] + [randomness.REPLACEMENT + number for number in range(100)]
+    others = [getattr(randomness, name) for name in ("FLIP", "CROP_TOP", "CROP_LEFT", "ERASE")]
+    for first, count in (("REPLACEMENT", 100), ("CROP_ATTEMPTS", 4 * 100), ("ERASE_ATTEMPTS", 4 * 10)):
+        others += [getattr(randomness, first) + number for number in range(count)]
     assert len(set(others)) == len(others) and not set(others) & set(layers.ravel().tolist())
     assert policies._JITTER_LAYER >= 8  # as many as RandAugment may have
 

@@ -83,6 +83,11 @@ def test_epochs_after():
 # --- when something is due ---
 
 
+def test_the_first_step_of_an_epoch_holds_no_earlier_image():
+    """100 images in batches of 30: step 3 holds the last 10 of epoch 0 and 20 of epoch 1."""
+    assert [schedule().first_step_of(epoch) for epoch in range(5)] == [0, 4, 7, 10, 14]
+
+
 def test_once_an_epoch_is_the_step_that_ends_it():
     """100 samples by 30: the epochs end within steps 4 (120), 7 (210), 10 (300 exactly), and the last step is 12."""
     due = [step for step in range(1, 13) if schedule().is_due(step, None)]

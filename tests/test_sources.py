@@ -111,7 +111,7 @@ def test_a_folder_written_by_save_to_disk_with_and_without_splits(tmp_path):
     loaded = load_image_splits(str(tmp_path / "both"))
     assert (len(loaded.train), loaded.eval["label"][:], loaded.eval_split) == (30, [2, 1, 0], "test")
     train.save_to_disk(tmp_path / "one")
-    loaded = load_image_splits(str(tmp_path / "one"), seed=4)
+    loaded = load_image_splits(str(tmp_path / "one"), split_seed=4)
     assert (len(loaded.train), len(loaded.eval)) == (27, 3)
 
 
@@ -141,15 +141,17 @@ def test_a_test_split_without_labels_gives_way_to_validation(tmp_path, absent):
 def test_without_an_evaluation_split_a_stratified_tenth_is_held_out_and_said(tmp_path):
     label = datasets.ClassLabel(names=CIFAR_NAMES)
     folder = _parquet(tmp_path / "set", train=_split([0] * 50 + [1] * 30 + [2] * 20, label))
-    loaded = load_image_splits(folder, seed=3)
+    loaded = load_image_splits(folder, split_seed=3)
     assert (len(loaded.train), len(loaded.eval)) == (90, 10)
     assert np.bincount(loaded.eval["label"]).tolist() == [5, 3, 2]
     assert not set(_pictures(loaded.train)) & set(_pictures(loaded.eval))
-    assert loaded.eval_split == "train (10% held out, seed 3)" and "held out with seed 3" in loaded.notes[0]
-    assert loaded.train_split == "train (90% kept, seed 3)"
-    again = load_image_splits(folder, seed=3, need_train=False)
+    assert (
+        loaded.eval_split == "train (10% held out, split seed 3)" and "held out with --split_seed 3" in loaded.notes[0]
+    )
+    assert loaded.train_split == "train (90% kept, split seed 3)"
+    again = load_image_splits(folder, split_seed=3, need_train=False)
     assert again.train is None and _pictures(again.eval) == _pictures(loaded.eval)
-    assert _pictures(load_image_splits(folder, seed=4).eval) != _pictures(loaded.eval)
+    assert _pictures(load_image_splits(folder, split_seed=4).eval) != _pictures(loaded.eval)
 
 
 def test_splits_and_columns_can_be_named(tmp_path):
@@ -305,7 +307,7 @@ def test_a_subset_of_an_image_folder_does_not_depend_on_where_it_lies(tmp_path):
 def test_trial_draws_come_after_the_subset_and_may_miss_classes(tmp_path):
     folder, rule = _cifar(tmp_path / "cifar"), SubsetRule(per_class=8)
     whole = load_image_splits(folder, subset=rule)
-    drawn = load_image_splits(folder, subset=rule, max_train_samples=1, max_eval_samples=2, seed=1)
+    drawn = load_image_splits(folder, subset=rule, max_train_samples=1, max_eval_samples=2, split_seed=1)
     assert (len(drawn.train), len(drawn.eval), drawn.class_names) == (1, 2, CIFAR_NAMES)
     assert set(_pictures(drawn.train)) < set(_pictures(whole.train)) and drawn.subset == whole.subset
     assert len(load_image_splits(folder, max_train_samples=10**6, max_eval_samples=10**6).train) == 40
@@ -432,7 +434,7 @@ def test_no_connection_is_one_line(offline):
 
 def test_broken_and_empty_folders_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no image or parquet files found" in _message(str(tmp_path / "empty"))
+    assert "no image, parquet or tar files found" in _message(str(tmp_path / "empty"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"not parquet at all")
     assert "broken: cannot be read: " in _message(str(tmp_path / "broken"))

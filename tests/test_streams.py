@@ -236,6 +236,7 @@ def test_the_subset_of_a_stream_is_a_hash_of_the_row(folder):
     splits = load_image_splits(str(folder), streaming=True, subset=SubsetRule(fraction=0.5, seed=4))
     assert np.array_equal(splits.train.source_rows, keep_fraction(200, 0.5, 4))
     assert 75 < len(splits.train) < 125 and splits.subset["train_samples"] == len(splits.train)
+    assert len(splits.notes) == 1 and "other images than without --streaming" in splits.notes[0]
     other = load_image_splits(str(folder), streaming=True, subset=SubsetRule(fraction=0.5, seed=5))
     assert other.subset["subset_hash"] != splits.subset["subset_hash"]
     large = keep_fraction(1_000_000, 2 / 3, 0)

@@ -6,12 +6,12 @@ import datasets
 import numpy as np
 import pytest
 
+from vit_hf.data.sets.origin import image_digests
 from vit_hf.data.sets.subset import (
     SubsetRule,
     class_quotas,
     draw_samples,
     hold_out,
-    image_digests,
     parse_subset_classes,
     resolve_classes,
     select_indices,
@@ -171,7 +171,7 @@ def test_a_row_of_bytes_and_a_row_of_a_path_have_the_digest_of_the_same_image(tm
 
 
 def test_digests_are_read_once_and_follow_a_changed_file(tmp_path, monkeypatch):
-    from vit_hf.data.sets import subset
+    from vit_hf.data.sets import origin
 
     def saved(contents, folder):
         images = datasets.Features({"image": datasets.Image(decode=False)})
@@ -189,6 +189,6 @@ def test_digests_are_read_once_and_follow_a_changed_file(tmp_path, monkeypatch):
     def fail(table):
         raise AssertionError("the images were read again")
 
-    monkeypatch.setattr(subset, "_digest_batch", fail)
+    monkeypatch.setattr(origin, "_digest_batch", fail)
     again = image_digests(datasets.load_from_disk(tmp_path / "set"), rows, str(tmp_path / "cache"))
     assert np.array_equal(first, again)

@@ -54,6 +54,9 @@ class DatasetArguments:
     label_column_name: str | None = flag(None, "label column (default: found by its type)")
     eval_split: str | None = flag(None, "split to evaluate on (default: test, or validation where test has no labels)")
     max_eval_samples: int | None = flag(None, "evaluate on a seeded draw of so many images, for trials", low=1)
+    split_seed: int = flag(
+        0, "which images are held out of a set without an evaluation split, and the draws", low=0, high=2**32 - 1
+    )
     on_bad_image: Literal["raise", "skip"] = flag("raise", "an image that does not decode: stop, or leave it out")
 
 
@@ -84,7 +87,23 @@ class SubsetArguments:
 
 
 @dataclass
-class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
+class PreprocessingArguments:
+    """How an evaluation image becomes the model's input."""
+
+    interpolation: Literal["auto", "bilinear", "bicubic"] = flag(
+        "auto", "how images are resized; auto: as the model's image processor says, else bilinear"
+    )
+    crop_pct: float | None = flag(
+        None, "share of the resized side that is kept, e.g. 0.875; implies --eval_resize shortest", low=0.05, high=1
+    )
+    eval_resize: Literal["auto", "shortest", "square"] = flag(
+        "auto",
+        "shortest: the shorter side, then the centre is cut; square: both sides (docs/data.md says what auto is)",
+    )
+
+
+@dataclass
+class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments, PreprocessingArguments):
     """What is done to each image."""
 
     shuffle_buffer_size: int = flag(
@@ -95,21 +114,39 @@ class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments):
         None, "mean of each channel in [0, 1], e.g. 0.485,0.456,0.406 (default: 0.5, or the model's)"
     )
     image_std: str | None = flag(None, "standard deviation of each channel (default: 0.5, or the model's)")
-    random_crop: str = flag("none", "none, padding=4 (pixels) or scale=0.08 (smallest share of the area)")
+    interpolation: Literal["auto", "bilinear", "bicubic", "random"] = flag(
+        "auto",
+        "how images are resized, also random crops; auto: as the model's image processor says, else bilinear; random: each "
+        "crop draws bilinear or bicubic, evaluation is as with auto",
+    )
+    random_crop: str = flag(
+        "none",
+        'none, padding=4 (pixels), scale=0.08 (smallest share of the area), with ",rule=tensorflow" as TensorFlow draws '
+        "it, or simple (DeiT III)",
+    )
     random_flip: float = flag(0.0, "probability of a horizontal flip", low=0, high=1)
     randaugment: str = flag(
-        "none", 'none, or e.g. "num_ops=2,magnitude=9", with ",ops=big_vision" the operations of arXiv 2205.01580'
+        "none",
+        'none, or e.g. "num_ops=2,magnitude=9", with ",ops=big_vision" the operations of arXiv 2205.01580, with '
+        '",magnitude_std=0.5,increasing=true" timm\'s rand-m9-mstd0.5-inc1',
     )
     trivial_augment: bool = flag(False, "TrivialAugment: one operation of random strength")
     three_augment: bool = flag(False, "3-Augment of DeiT III: grey, solarized or blurred")
     color_jitter: float = flag(0.0, "brightness, contrast and saturation by a factor of 1 +- this", low=0, high=1)
-    random_erasing: float = flag(0.0, "probability that a box is filled with noise", low=0, high=1)
+    random_erasing: float = flag(0.0, "probability that a box is covered up", low=0, high=1)
+    random_erasing_mode: Literal["uniform", "pixel", "const"] = flag(
+        "uniform", "what covers it: even grey levels, normal noise of each pixel, or the mean colour"
+    )
     mixup_alpha: float = flag(0.0, "mixup strength, 0 is off", low=0)
     cutmix_alpha: float = flag(
         0.0, "cutmix strength, 0 is off; with mixup on too, each draw takes one of the two", low=0
     )
+    mixup_prob: float = flag(1.0, "probability that a draw of mixup or cutmix mixes at all", low=0, high=1)
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix where mixup is on too", low=0, high=1)
+    mixup_off_epoch: int = flag(0, "from this epoch on (the first is 0) nothing is mixed; 0 mixes to the end", low=0)
     mixup_mode: Literal["batch", "elem"] = flag("batch", "draw mixup and cutmix for a micro-batch, or for each image")
     aug_repeats: int = flag(1, "times that each image comes in a row, augmented otherwise each time", low=1)
+    class_balanced: bool = flag(False, "all classes come equally often; the length of an epoch stays")
 
 
 @dataclass
@@ -178,14 +215,14 @@ class RunArguments(ModelArguments, DataArguments, TrainArguments, HubArguments):
 
 
 @dataclass
-class EvaluateArguments(DatasetArguments, LoadingArguments):
+class EvaluateArguments(DatasetArguments, LoadingArguments, PreprocessingArguments):
     """Flags of `vit-hf evaluate`; the model is positional."""
 
     model: str = flag("", "Hub id or folder of a model")
     revision: str | None = flag(None, "branch, tag or commit of the Hub model")
     trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
     output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
-    seed: int | None = flag(
+    split_seed: int | None = flag(
         None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
     )
     ddp_timeout: int = flag(
@@ -196,7 +233,7 @@ class EvaluateArguments(DatasetArguments, LoadingArguments):
 
 
 @dataclass
-class FiguresArguments:
+class FiguresArguments(PreprocessingArguments):
     """Flags of `vit-hf figures`; the model is positional."""
 
     model: str = flag("", "Hub id or folder of a model")
@@ -222,7 +259,6 @@ class PrepareArguments(DatasetArguments, SubsetArguments):
     shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
     jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
     num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
-    seed: int = flag(0, "which images are held out of a set without an evaluation split, and the draws", low=0)
 
 
 @dataclass
@@ -428,6 +464,8 @@ def check(args: RunArguments) -> None:
             raise ArgumentError(f"--{name}: 1.0 would never move the average, allowed is 0 to below 1")
     if args.streaming and args.aug_repeats > 1:
         raise ArgumentError(f"--aug_repeats: {args.aug_repeats} does not go with --streaming, allowed is 1")
+    if args.streaming and args.class_balanced:
+        raise ArgumentError("--class_balanced: true does not go with --streaming, allowed is false")
     parse_num_workers(args.dataloader_num_workers)
     check_subset(args)
     check_augmentation(args)
@@ -444,7 +482,12 @@ def check_subset(args: SubsetArguments) -> None:
 
 def check_augmentation(args: DataArguments) -> None:
     """Raises ArgumentError for flags of the transforms that cannot be right, or exclude each other."""
-    parse_random_crop(args.random_crop)
+    crop = parse_random_crop(args.random_crop)
+    if args.interpolation == "random" and crop.kind != "scale":
+        raise ArgumentError(
+            f"--interpolation: random is for resized crops, allowed with --random_crop {args.random_crop} are auto, bilinear, "
+            "bicubic; or give --random_crop scale=0.08"
+        )
     parse_randaugment(args.randaugment)
     policies = [name for name in ("trivial_augment", "three_augment") if getattr(args, name)]
     policies += ["randaugment"] if args.randaugment != "none" else []
@@ -455,29 +498,56 @@ def check_augmentation(args: DataArguments) -> None:
         parse_channels(name, getattr(args, name))
 
 
-def parse_random_crop(text: str) -> tuple[str, float]:
-    """`none`, `padding=4` or `scale=0.08` -> (kind, number).
+@dataclass(frozen=True)
+class RandomCrop:
+    """How training images are cropped at random.
+
+    Args:
+        kind: none | padding | scale | simple.
+        amount: pixels of padding, or the smallest share of the area.
+        rule: whose way of drawing the boxes of `scale`: torchvision | tensorflow.
+    """
+
+    kind: str = "none"
+    amount: float = 0.0
+    rule: str = "torchvision"
+
+    @property
+    def while_decoding(self) -> bool:
+        """Whether it belongs on the image as it is stored: on a set that is decoded batch by batch the host cuts it."""
+        return self.kind in ("scale", "simple")
+
+
+def parse_random_crop(text: str) -> RandomCrop:
+    """`none`, `padding=4`, `scale=0.08[,rule=tensorflow]` or `simple` -> RandomCrop.
 
     Raises:
         ArgumentError: any other text, a padding below 1, a scale outside (0, 1].
     """
-    kind, _, number = text.partition("=")
+    first, comma, rest = text.partition(",")
+    kind, _, number = first.partition("=")
+    rules = {"": "torchvision", ",rule=torchvision": "torchvision", ",rule=tensorflow": "tensorflow"}
+    rule = rules.get(comma + rest.strip())
     try:
-        if kind == "none" and not number:
-            return "none", 0.0
-        if kind == "padding" and int(number) >= 1:
-            return kind, float(number)
-        if kind == "scale" and 0 < float(number) <= 1:
-            return kind, float(number)
+        if text == "none":
+            return RandomCrop()
+        if text == "simple":
+            return RandomCrop("simple", 4.0)  # pixels of padding, as DeiT III has it
+        if kind == "padding" and int(number) >= 1 and not comma:
+            return RandomCrop(kind, float(number))
+        if kind == "scale" and 0 < float(number) <= 1 and rule is not None:
+            return RandomCrop(kind, float(number), rule)
     except ValueError:
         pass
     raise ArgumentError(
-        f"--random_crop: {text!r} is not none, padding=PIXELS (1 or more) or scale=SHARE (above 0, to 1)"
+        f"--random_crop: {text!r} is not none, padding=PIXELS (1 or more), scale=SHARE (above 0, to 1), the last also with "
+        ",rule=torchvision or ,rule=tensorflow, or simple"
     )
 
 
 def parse_randaugment(text: str) -> dict[str, Any] | None:
-    """`num_ops=2,magnitude=9[,ops=big_vision]` -> {num_ops: 2, magnitude: 9.0, ops: ...}; `none` -> None.
+    """`num_ops=2,magnitude=9[,ops=big_vision]` -> {num_ops: 2, magnitude: 9.0, ops: ...}, with `increasing=true` (ops
+    timm) also magnitude_std; `none` -> None.
 
     Raises:
         ArgumentError: any other text, or a number out of range.
@@ -485,18 +555,24 @@ def parse_randaugment(text: str) -> dict[str, Any] | None:
     if text == "none":
         return None
     values: dict[str, Any] = {"num_ops": 2, "magnitude": 9.0, "ops": "torchvision"}
-    highest = {"torchvision": 30, "big_vision": 10}  # what their scales end at
+    highest = {"torchvision": 30, "big_vision": 10, "timm": 10}  # what their scales end at
     try:
         given = dict(part.strip().split("=") for part in text.split(","))
+        if given.get("increasing") == "true" and "ops" not in given:
+            del given["increasing"]
+            values |= {"ops": "timm", "magnitude_std": 0.0}
         unknown = set(given) - set(values)
         values |= {name: type(values[name])(value) for name, value in given.items() if name not in unknown}
-        if not unknown and 1 <= values["num_ops"] <= 8 and 0 <= values["magnitude"] <= highest[values["ops"]]:
+        in_range = 1 <= values["num_ops"] <= 8 and 0 <= values["magnitude"] <= highest[values["ops"]]
+        chosen = given.get("ops") != "timm"  # it is named by what it does, as timm names it
+        if not unknown and in_range and chosen and 0 <= values.get("magnitude_std", 0) <= 10:
             return values
     except (ValueError, KeyError):
         pass
     raise ArgumentError(
         f'--randaugment: {text!r} is not none or e.g. "num_ops=2,magnitude=9,ops=torchvision" (num_ops 1 to 8, magnitude '
-        "0 to 30), ops=big_vision (magnitude 0 to 10)"
+        "0 to 30), ops=big_vision (magnitude 0 to 10), or in place of ops timm's increasing=true (magnitude 0 to 10, "
+        "magnitude_std 0 to 10)"
     )
 
 

@@ -24,6 +24,10 @@ class ArgumentError(UserError):
 
 # errors of the system that are not ours: no space, no permission, read-only, over quota
 SURROUNDINGS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+MEMORY = (
+    "this process found no more memory (RAM): lower --dataloader_num_workers, --per_device_train_batch_size or "
+    "--per_device_eval_batch_size, or run on a machine with more"
+)
 
 
 def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
@@ -39,6 +43,9 @@ def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
         if error.errno not in SURROUNDINGS:
             raise
         print(f"error: {error.strerror}: {error.filename or 'while writing'}; look at --output_dir", file=sys.stderr)
+        status = 1
+    except MemoryError as error:
+        print(f"error: {MEMORY}{f' ({error})' if str(error) else ''}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         status = 130

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from vit_hf.arguments import (
+    RandomCrop,
     RunArguments,
     parse_channels,
     parse_num_workers,
@@ -22,16 +23,17 @@ from vit_hf.arguments import (
     parse_random_crop,
     trackers,
 )
+from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
-from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
+from vit_hf.data.feed import LoadingSettings, eval_batches, image_sizes, train_batches
 from vit_hf.data.order import StepPlan
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.sets.load import load_image_splits
-from vit_hf.data.sets.names import HUB_SETS, ImageSplits, named_source
+from vit_hf.data.sets.names import ImageSplits
 from vit_hf.data.sets.subset import SubsetRule, parse_subset_classes
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
@@ -75,6 +77,12 @@ def model_errors(args: Any) -> Iterator[None]:
         raise
 
 
+def image_sizes_of(split: datasets.Dataset | Rows, accelerator: accelerate.Accelerator) -> list[tuple[int, int]]:
+    """(height, width) of some images, the same on all processes: the main process looks; a user's error there ends all
+    alike."""
+    return main_process_first(accelerator, functools.partial(image_sizes, split), "looking at the images' sizes")
+
+
 def splits_loader(args: Any) -> Callable[..., ImageSplits]:
     """`load_image_splits` with the flags of a set and its subset."""
     subset = SubsetRule(
@@ -84,7 +92,7 @@ def splits_loader(args: Any) -> Callable[..., ImageSplits]:
         seed=args.subset_seed,
     )
     names = ("dataset_config_name", "image_column_name", "label_column_name", "train_split", "eval_split")
-    names += ("max_train_samples", "max_eval_samples", "seed")
+    names += ("max_train_samples", "max_eval_samples", "split_seed")
     flags = {name: getattr(args, name) for name in names}
     return functools.partial(load_image_splits, args.dataset_name, subset=subset, **flags)
 
@@ -99,22 +107,32 @@ def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> Imag
     return splits
 
 
-def make_preprocessing(args: RunArguments, config: Any, mean: list[float], std: list[float]) -> Preprocessing:
-    """How an image becomes the model's input. ImageNet: the centre of an image whose shorter side is 256/224 of the
-    size; all others: a resize of both sides."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    kind, amount = parse_random_crop(args.random_crop)
-    if kind == "padding" and amount >= min(height, width):
+def make_preprocessing(
+    args: Any,
+    image_size: int | list[int],
+    own: Preprocessing | None,
+    sizes_of_images: Callable[[], list[tuple[int, int]]],
+) -> Preprocessing:
+    """How an image becomes the model's input: `choose_preprocessing` with the flags.
+
+    Args:
+        image_size: the model's.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    crop = parse_random_crop(getattr(args, "random_crop", "none"))
+    if crop.kind in ("padding", "simple") and crop.amount >= min(height, width):
         raise ArgumentError(
-            f"--random_crop: padding={amount:g} is not below the image's side of {min(height, width)} pixels"
+            f"--random_crop: a padding of {crop.amount:g} is not below the image's side of {min(height, width)} pixels"
         )
-    centre_crop = named_source(args.dataset_name) == HUB_SETS["imagenet-1k"]
-    return Preprocessing(
-        image_size=(height, width),
-        shortest_edge=round(min(height, width) * 256 / 224) if centre_crop else None,
-        image_mean=tuple(parse_channels("image_mean", args.image_mean) or mean),
-        image_std=tuple(parse_channels("image_std", args.image_std) or std),
+    return choose_preprocessing(
+        (height, width),
+        own,
+        sizes_of_images,
+        interpolation=args.interpolation,
+        crop_pct=args.crop_pct,
+        eval_resize=args.eval_resize,
+        image_mean=parse_channels("image_mean", getattr(args, "image_mean", None)),
+        image_std=parse_channels("image_std", getattr(args, "image_std", None)),
     )
 
 
@@ -151,6 +169,7 @@ def loading_settings(args: Any) -> LoadingSettings:
         on_bad_image=args.on_bad_image,
         shuffle_buffer_size=getattr(args, "shuffle_buffer_size", 0),
         aug_repeats=getattr(args, "aug_repeats", 1),
+        class_balanced=getattr(args, "class_balanced", False),
         eval_batch_size=args.per_device_eval_batch_size,
     )
 
@@ -165,8 +184,7 @@ def make_train_batches(
     accelerator: accelerate.Accelerator,
     faults: Faults,
 ) -> tuple[DeviceBatches, bool]:
-    """The micro-batches of this process from `first_step` on, and whether a `scale` crop is left to the device."""
-    kind, amount = parse_random_crop(args.random_crop)
+    """The micro-batches of this process from `first_step` on, and whether the crop is left to the device."""
     make = functools.partial(
         train_batches,
         split,
@@ -183,7 +201,7 @@ def make_train_batches(
         accelerator.device,
         loading_settings(args),
         faults,
-        crop_scale=amount if kind == "scale" else None,
+        crop=parse_random_crop(args.random_crop),
         say=accelerator.print,
     )
     return machine_first(accelerator, make, "decoding the training images")
@@ -195,17 +213,20 @@ def make_augment(
     num_classes: int,
     device: torch.device,
     crops_on_device: bool,
+    first_step_of: Callable[[int], int],
 ) -> Augment:
-    """The device side of the training transforms."""
+    """The device side of the training transforms; `first_step_of` an epoch is where mixing may end."""
     crop = parse_random_crop(args.random_crop)
     randaugment = parse_randaugment(args.randaugment)
+    fill = OP_SETS[randaugment["ops"]].fill if randaugment else 0
     return Augment(
         seed=args.seed,
         num_classes=num_classes,
         mean=preprocessing.image_mean,
         std=preprocessing.image_std,
         device=device,
-        crop=crop if crop[0] != "scale" or crops_on_device else ("none", 0.0),
+        crop=crop if crops_on_device or not crop.while_decoding else RandomCrop(),
+        bicubic_crops=preprocessing.bicubic_crops,
         flip=args.random_flip,
         policies=make_policies(
             randaugment=randaugment,
@@ -213,11 +234,17 @@ def make_augment(
             three=args.three_augment,
             jitter=args.color_jitter,
         ),
-        fill=OP_SETS[randaugment["ops"]][2] if randaugment else 0,
+        fill=tuple(round(255 * mean) for mean in preprocessing.image_mean) if fill is None else fill,
         erasing=args.random_erasing,
-        mixup_alpha=args.mixup_alpha,
-        cutmix_alpha=args.cutmix_alpha,
-        mixup_mode=args.mixup_mode,
+        erasing_mode=args.random_erasing_mode,
+        mixing=Mixing(
+            mixup_alpha=args.mixup_alpha,
+            cutmix_alpha=args.cutmix_alpha,
+            mode=args.mixup_mode,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            off_step=first_step_of(args.mixup_off_epoch) if args.mixup_off_epoch else None,
+        ),
         label_smoothing=args.label_smoothing_factor,
     )
 

@@ -31,6 +31,7 @@ from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
 from vit_hf.hub.push import find_repository, push
 from vit_hf.models.summary import forward_flops
 from vit_hf.parts import (
+    image_sizes_of,
     load_splits,
     make_augment,
     make_evaluate,
@@ -48,7 +49,6 @@ from vit_hf.training.objective import soft_cross_entropy
 from vit_hf.training.schedule import BatchPlan, Schedule, make_schedule, plan_batches
 from vit_hf.training.tracking import append_event, peak_flops, peak_memory_bytes, read_jsonl
 
-Normalisation = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 WRITTEN = (
     "README.md",
     "config.json",
@@ -57,14 +57,14 @@ WRITTEN = (
     "metrics.jsonl",
     "all_results.json",
 )
-BuildModel = Callable[[RunArguments, list[str]], tuple[transformers.PreTrainedModel, Normalisation]]
+BuildModel = Callable[[RunArguments, list[str]], tuple[transformers.PreTrainedModel, Preprocessing | None]]
 
 
 def run(args: RunArguments, build_model: BuildModel) -> None:
     """Trains, evaluates and exports one model as `args` say.
 
     Args:
-        build_model: (args, class names) -> model in fp32 on the CPU, and the mean and std it wants.
+        build_model: (args, class names) -> model in fp32 on the CPU, and what it says of its images, None: nothing.
 
     Raises:
         UserError: everything that is the user's to change.
@@ -92,10 +92,12 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     splits = load_splits(args, accelerator)
     torch.manual_seed(args.seed)  # the same initial weights on every process
     with model_errors(args):
-        model, (mean, std) = build_model(args, splits.class_names)
+        model, own = build_model(args, splits.class_names)
         if model.config.num_channels != 3:
             raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
-    preprocessing = make_preprocessing(args, model.config, mean, std)
+    preprocessing = make_preprocessing(
+        args, model.config.image_size, own, functools.partial(image_sizes_of, splits.train, accelerator)
+    )
     plan = plan_batches(args.global_batch_size, accelerator.num_processes, args.per_device_train_batch_size)
     schedule = make_schedule(
         num_samples=len(splits.train),
@@ -169,7 +171,14 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
                 save_total_limit=args.save_total_limit,
                 log_figures_steps=args.log_figures_steps,
             ),
-            augment=make_augment(args, preprocessing, len(splits.class_names), accelerator.device, crops_on_device),
+            augment=make_augment(
+                args,
+                preprocessing,
+                len(splits.class_names),
+                accelerator.device,
+                crops_on_device,
+                schedule.first_step_of,
+            ),
             objective=soft_cross_entropy,
             evaluate=make_evaluate(args, state.engine, splits.eval, preprocessing, accelerator, report.eval),
             extra_metrics=extra_metrics,
@@ -301,6 +310,10 @@ def resolve(
         "subset_hash": splits.subset.get("subset_hash"),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "image_size": list(preprocessing.image_size),
+        "eval_resize": preprocessing.eval_resize,
+        "resized_to": preprocessing.resized_to,
+        "interpolation": preprocessing.interpolation,
+        "preprocessing": str(preprocessing),
         "image_mean": list(preprocessing.image_mean),
         "image_std": list(preprocessing.image_std),
         "total_steps": schedule.total_steps,
@@ -333,6 +346,7 @@ def describe(
         f"{resolved['num_classes']} classes, {'x'.join(map(str, resolved['image_size']))} pixels\n"
         f"data: {args.dataset_name}, {resolved['train_samples']} training images ({resolved['train_split']}), "
         f"{resolved['eval_samples']} evaluation images ({resolved['eval_split']})\n"
+        f"preprocessing: {resolved['preprocessing']}\n"
         f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "
         f"{schedule.epochs_after(schedule.total_steps):.1f} epochs\n"
         f"on: {resolved['device']}, mixed precision {accelerator.mixed_precision}, ZeRO stage {resolved['zero_stage']}"

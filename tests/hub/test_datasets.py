@@ -386,3 +386,69 @@ def test_a_stream_evaluates_as_the_stored_set_does(named, streamed, tmp_path):
         assert found["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
         assert ("compared by index" in result.stdout) == (model == cranes)
         assert (copies(home, imagenet) == []) == (streaming == "true")
+
+
+# --- copies and tar shards on the Hub ---
+
+SUBSET = """
+import json, sys
+from vit_hf.data.sets.load import load_image_splits
+from vit_hf.data.sets.subset import SubsetRule
+
+name, streaming, rules = json.loads(sys.argv[1])
+for rule in rules:
+    found = load_image_splits(name, subset=SubsetRule(**rule), streaming=streaming)
+    print(json.dumps([found.class_names, found.subset, len(found.train), len(found.eval)]))
+"""
+
+
+def test_a_subset_of_a_streamed_copy_is_that_of_the_set_and_takes_small_reads(tmp_path):
+    """The copy on the Hub keeps the large images; labels, numbers and digests alone are sent."""
+    with new_hub() as hub:
+        add_imagenet(hub, padding=100_000)
+        give_access(hub)
+        code = f"""
+from pathlib import Path
+from vit_hf.data.copy.prepare import prepare
+from vit_hf.data.sets.load import load_image_splits
+splits = load_image_splits("imagenet-1k")
+prepare(splits, Path({str(tmp_path / "copy")!r}), source={{"dataset_name": "imagenet-1k"}}, rows_per_shard=50, num_processes=1)
+"""
+        done = start(hub, tmp_path, "-c", code)
+        assert done.returncode == 0, done.stderr
+        files = {str(path.relative_to(tmp_path / "copy")): path.read_bytes() for path in tmp_path.glob("copy/**/*.*")}
+        hub.add_repo("dataset", "reader/copy", files)
+        rules = [{"fraction": FRACTION}, {"per_class": 4}, {"classes": [IMAGENET_CLASSES[3], "7"]}]
+        original = start(hub, tmp_path, "-c", SUBSET, json.dumps(["imagenet-1k", False, rules]))
+        hub.requests.clear()
+        streamed = start(hub, tmp_path / "other", "-c", SUBSET, json.dumps(["reader/copy", True, rules]))
+        sent = sum(last + 1 - first for path, first, last in shard_reads(hub.requests))
+    assert original.returncode == streamed.returncode == 0, original.stderr + streamed.stderr
+    assert original.stdout == streamed.stdout and len(original.stdout.splitlines()) == 3
+    size = sum(len(data) for path, data in files.items() if path.endswith(".parquet"))
+    assert 0 < sent / len(rules) < 0.05 * size, (sent, size)  # most of it the ends of the shards
+
+
+def test_tar_shards_on_the_hub_load_with_their_class_names(tmp_path):
+    from tests.test_tars import tar_set
+
+    rules, home = [{"classes": ["owl", "cat"]}], tmp_path / "home"
+    with new_hub() as hub:
+        tar_set(tmp_path / "set")
+        files = {path.name: path.read_bytes() for path in tmp_path.glob("set/*")}
+        hub.add_repo("dataset", "reader/tars", files)
+        del files["classes.txt"]
+        hub.add_repo("dataset", "reader/plain", files)
+        done = start(hub, home, "-c", SUBSET, json.dumps(["reader/tars", False, rules]))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)[0] == ["cat", "owl"] and json.loads(done.stdout)[2:] == [16, 4]
+        code = "import os, sys\nos.environ['HF_HUB_OFFLINE'] = sys.argv[2]\n" + SUBSET
+        asked = json.dumps(["reader/plain", False, [{"per_class": 2}]])
+        for offline in "01":  # the second time it is known that there are no names
+            done = start(hub, home, "-c", code, asked, offline)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)[0] == ["0", "1", "2"]
+        for marker in home.rglob(".no_exist"):
+            shutil.rmtree(marker)
+        done = start(hub, home, "-c", code, asked, "1")
+    assert "--dataset_name reader/plain: the Hub cannot be reached for classes.txt" in done.stderr

@@ -103,16 +103,16 @@ def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(hub, tmp_path, mode,
     assert (tmp_path / "tiny-vit/model.safetensors").exists()
 
 
-def picture(grey):
+def picture(grey, side=32):
     buffer = io.BytesIO()
-    Image.fromarray(np.full((32, 32, 3), grey, dtype=np.uint8)).save(buffer, format="PNG")
+    Image.fromarray(np.full((side, side, 3), grey, dtype=np.uint8)).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def parquet(column, labels, names, label="label"):
+def parquet(column, labels, names, label="label", side=32):
     """A parquet file as the Hub's own have it, with the features in its metadata."""
     features = {column: {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}
-    table = pa.table({column: [picture(40 * (number % 5)) for number in range(len(labels))], label: labels})
+    table = pa.table({column: [picture(40 * (number % 5), side) for number in range(len(labels))], label: labels})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), buffer)
@@ -148,9 +148,9 @@ def test_cifar10_by_its_short_name(hub, tmp_path):
 def test_imagenet_without_access_says_where_to_ask_and_with_access_crops_the_centre(hub, tmp_path):
     names = [f"class {number}" for number in range(6)]
     hub.add_repo("dataset", "ILSVRC/imagenet-1k", {
-        "data/train-00000-of-00001.parquet": parquet("image", list(range(6)) * 6, names),
-        "data/validation-00000-of-00001.parquet": parquet("image", list(range(6)), names),
-        "data/test-00000-of-00001.parquet": parquet("image", [-1] * 6, names),
+        "data/train-00000-of-00001.parquet": parquet("image", list(range(6)) * 6, names, side=40),
+        "data/validation-00000-of-00001.parquet": parquet("image", list(range(6)), names, side=40),
+        "data/test-00000-of-00001.parquet": parquet("image", [-1] * 6, names, side=40),
     }, gated=True)  # fmt: skip
     flags = {
         **FAST,
@@ -170,4 +170,4 @@ def test_imagenet_without_access_says_where_to_ask_and_with_access_crops_the_cen
     results = json.loads((tmp_path / "run/all_results.json").read_text())
     assert results["train_samples"] == 24 and results["eval_samples"] == 6  # validation: test has no labels
     processor = json.loads((tmp_path / "run/preprocessor_config.json").read_text())
-    assert processor["do_center_crop"] and processor["size"] == {"shortest_edge": 37}
+    assert processor["do_center_crop"] and processor["size"] == {"shortest_edge": 36}

@@ -113,3 +113,19 @@ def test_a_decoded_set_is_shared_by_runs(run, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_make", None)
     in_process("pretrain", **{**DEMO_DEFAULTS, "max_steps": 2, "output_dir": tmp_path / "two"})
     assert trajectory(tmp_path / "one") == trajectory(tmp_path / "two")
+
+
+def test_runs_of_all_seeds_hold_out_the_same_images(pictures):
+    """A set without an evaluation split: what one run held out, no other one trains on, whatever its --seed; and trials
+    are scored on the same draw."""
+    from vit_hf.arguments import RunArguments
+    from vit_hf.parts import splits_loader
+
+    def splits_of(**flags):
+        loaded = splits_loader(RunArguments(dataset_name=str(pictures / "train"), **flags))()
+        return [{row["image"]["path"] for row in split} for split in (loaded.train, loaded.eval)]
+
+    (train, held_out), (other_train, other_held_out) = splits_of(seed=1), splits_of(seed=2)
+    assert held_out == other_held_out and len(held_out) == 4 and not held_out & (train | other_train)
+    assert splits_of(seed=1, split_seed=3)[1] != held_out
+    assert splits_of(seed=1, max_eval_samples=2) == splits_of(seed=2, max_eval_samples=2)

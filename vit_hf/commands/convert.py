@@ -1,5 +1,6 @@
 """`vit-hf convert`: weights from and to other formats."""
 
+import dataclasses
 from pathlib import Path
 
 from vit_hf.arguments import Parser
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
     import transformers
     from safetensors import SafetensorError
 
-    from vit_hf.data.preprocessing import Preprocessing, processor_normalisation
+    from vit_hf.data.preprocessing import Preprocessing, own_preprocessing
     from vit_hf.models.configuration_vit import pair
     from vit_hf.models.convert import load_source, save_timm
 
@@ -29,15 +30,21 @@ def main(argv: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         model, normalisation = load_source(args.source)
-        mean, std = normalisation or processor_normalisation(str(args.source), None)
+        size = pair(model.config.image_size)
+        preprocessing = Preprocessing(
+            size
+        )  # Google's .npz files: input_pipeline.py of google-research/vision_transformer
+        if args.source.suffix != ".npz":
+            folder = args.source if args.source.is_dir() else args.source.parent
+            preprocessing = (own_preprocessing(str(folder), None, size) or preprocessing).at_size(size)
+        if normalisation is not None:
+            mean, std = map(tuple, normalisation)
+            preprocessing = dataclasses.replace(preprocessing, image_mean=mean, image_std=std)
         if args.to == "timm":
-            save_timm(model, args.directory, mean, std)
+            save_timm(model, args.directory, preprocessing.to_timm())
         else:
-            size = pair(model.config.image_size)
             model.save_pretrained(args.directory)
-            Preprocessing(size, image_mean=tuple(mean), image_std=tuple(std)).image_processor().save_pretrained(
-                args.directory
-            )
+            preprocessing.image_processor().save_pretrained(args.directory)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:400]}") from None
     if args.to == "timm" and model.config.layer_norm_eps != 1e-6:

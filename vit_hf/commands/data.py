@@ -50,7 +50,14 @@ def prepare(argv: list[str]) -> None:
     splits = splits_loader(args)(revision=args.revision)
     for note in splits.notes:
         print(f"note: {note}")
-    decides = ("dataset_name", "dataset_config_name", "revision", "max_train_samples", "max_eval_samples", "seed")
+    decides = (
+        "dataset_name",
+        "dataset_config_name",
+        "revision",
+        "max_train_samples",
+        "max_eval_samples",
+        "split_seed",
+    )
     try:
         written = prepare_copy(
             splits,
@@ -90,8 +97,9 @@ def show(argv: list[str]) -> None:
 
     with model_errors(args):
         size = parse_image_size(args.image_size) or model_image_size(args)
+        own = model_preprocessing(args, size)
     splits = splits_loader(args)(streaming=args.streaming)
-    originals, augmented, labels, targets = show_augmentation(args, splits, size)
+    originals, augmented, labels, targets = show_augmentation(args, splits, size, own)
 
     def named(target: np.ndarray) -> str:
         parts = [(target[k], splits.class_names[k]) for k in np.argsort(-target)[:2] if target[k] > 0.005]
@@ -119,15 +127,27 @@ def model_image_size(args: ShowArguments) -> Any:
     return 224
 
 
-def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits: int = 5) -> tuple:
+def model_preprocessing(args: ShowArguments, size: Any) -> Any:
+    """What the model that the flags name says of its images; None where they name none, or it says nothing."""
+    from vit_hf.data.preprocessing import own_preprocessing
+    from vit_hf.models.configuration_vit import pair
+
+    if args.model_name_or_path is None:
+        return None
+    return own_preprocessing(args.model_name_or_path, args.revision, pair(size))
+
+
+def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images: int = 8, visits: int = 5) -> tuple:
     """Some training images, and what becomes of them in the first epochs.
+
+    Args:
+        size: the model's input. own: what the model says of its images.
 
     Returns:
         originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
     """
     import dataclasses
     import functools
-    import types
 
     import datasets
     import numpy as np
@@ -135,29 +155,30 @@ def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits
 
     from vit_hf.data.batches import ImageBatches
     from vit_hf.data.cache import worth_decoding
-    from vit_hf.data.feed import open_batches
+    from vit_hf.data.feed import image_sizes, open_batches
     from vit_hf.data.order import BatchIndices, epoch_order
     from vit_hf.data.rows.parquet import ParquetRows
     from vit_hf.data.rows.table import TableRows
     from vit_hf.parts import loading_settings, make_augment, make_preprocessing
 
-    config = types.SimpleNamespace(image_size=size)
-    preprocessing = make_preprocessing(args, config, [0.0] * 3, [1.0] * 3)
-    preprocessing = dataclasses.replace(preprocessing, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
-    kind, amount = parse_random_crop(args.random_crop)
+    preprocessing = make_preprocessing(args, size, own, functools.partial(image_sizes, splits.train))
+    crop = parse_random_crop(args.random_crop)
     device = torch.device("cpu")
-    crops = kind == "scale"
+    crops = crop.while_decoding
     rows = splits.train
     if isinstance(rows, datasets.Dataset):
-        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crops=True)
+        crops = crops and not worth_decoding(TableRows(rows), preprocessing, crop)
     elif isinstance(rows, ParquetRows):
         rows.held_rows = len(rows)  # the few that are shown are read once
     settings = dataclasses.replace(loading_settings(args), keep_on_device=False)
     make = functools.partial(
         open_batches, rows, preprocessing, device, settings, seed=args.seed, training=True, keep=False
     )
-    batches, plain = make(crop_scale=amount if crops else None), make()
-    augment = make_augment(args, preprocessing, len(splits.class_names), device, crops_on_device=not crops)
+    batches, plain = make(crop=crop) if crops else make(), make()
+    augment = make_augment(  # the steps are counted in epochs: one of each is shown
+        args, preprocessing, len(splits.class_names), device, not crops, first_step_of=lambda epoch: epoch
+    )
+    mean, std = (numbers[:, None, None] for numbers in (augment.mean, augment.std))
     index = epoch_order(args.seed, 0, len(batches))[:images]
 
     def take(source: ImageBatches, visit: int) -> dict[str, Any]:
@@ -173,7 +194,7 @@ def show_augmentation(args: Any, splits: Any, size: Any, images: int = 8, visits
         batch = take(batches, visit)
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
         pixel_values, target = augment(batch, step=visit, micro_step=0, rank=0)
-        augmented.append((pixel_values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+        augmented.append(((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
         targets.append(target)
     return (
         first["pixel_values"].numpy(),

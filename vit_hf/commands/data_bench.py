@@ -13,7 +13,7 @@ from vit_hf.arguments import (
     parse_num_workers,
     parse_random_crop,
 )
-from vit_hf.commands.data import model_image_size
+from vit_hf.commands.data import model_image_size, model_preprocessing
 from vit_hf.errors import ArgumentError
 
 SECONDS = 8.0  # of each of the two measurements
@@ -29,12 +29,12 @@ def bench(argv: list[str]) -> None:
     check_subset(args)
     check_augmentation(args)
     parse_num_workers(args.dataloader_num_workers)
-    import types
+    import functools
 
     import torch
 
     from vit_hf.data.faults import Faults
-    from vit_hf.data.feed import train_batches
+    from vit_hf.data.feed import image_sizes, train_batches
     from vit_hf.data.machine import AT_HAND, PREFETCHED, usable_cores
     from vit_hf.data.order import StepPlan
     from vit_hf.parts import loading_settings, make_augment, make_preprocessing, model_errors, splits_loader
@@ -44,10 +44,10 @@ def bench(argv: list[str]) -> None:
 
     with model_errors(args):
         size = parse_image_size(args.image_size) or model_image_size(args)
+        own = model_preprocessing(args, size)
     splits = splits_loader(args)(streaming=args.streaming)
-    preprocessing = make_preprocessing(args, types.SimpleNamespace(image_size=size), [0.5] * 3, [0.5] * 3)
+    preprocessing = make_preprocessing(args, size, own, functools.partial(image_sizes, splits.train))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, amount = parse_random_crop(args.random_crop)
     micro_batch = min(args.per_device_train_batch_size or args.global_batch_size, MOST_IMAGES)
     endless = StepPlan(args.seed, 0, 1 << 40, num_processes=1, rank=0, micro_batch_size=micro_batch, accumulation=1)
     batches, crops_on_device = train_batches(
@@ -57,9 +57,11 @@ def bench(argv: list[str]) -> None:
         device,
         loading_settings(args),
         Faults(),
-        crop_scale=amount if kind == "scale" else None,
+        crop=parse_random_crop(args.random_crop),
     )
-    augment = make_augment(args, preprocessing, len(splits.class_names), device, crops_on_device)
+    augment = make_augment(
+        args, preprocessing, len(splits.class_names), device, crops_on_device, first_step_of=lambda epoch: 1 + epoch
+    )  # all is measured at step 0, where mixing is still on
     workers = batches.loader.num_workers
     ahead = PREFETCHED * workers + AT_HAND  # these were made while nobody waited
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None

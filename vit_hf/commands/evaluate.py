@@ -17,12 +17,13 @@ def main(argv: list[str]) -> None:
         raise ArgumentError("--dataset_name is missing")
     parse_num_workers(args.dataloader_num_workers)
     from vit_hf.data.faults import DataReport
-    from vit_hf.data.preprocessing import Preprocessing, processor_config
+    from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.data.sets.load import load_image_splits
     from vit_hf.data.sets.subset import SubsetRule
     from vit_hf.hub.export import write_json
+    from vit_hf.models.configuration_vit import pair
     from vit_hf.models.presets import load_pretrained
-    from vit_hf.parts import make_evaluate, model_errors, start
+    from vit_hf.parts import image_sizes_of, make_evaluate, make_preprocessing, model_errors, start
     from vit_hf.training.accelerator import end
     from vit_hf.training.waiting import main_process_first
 
@@ -31,9 +32,8 @@ def main(argv: list[str]) -> None:
         model = load_pretrained(
             args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, need_head=True
         )
-        size = getattr(model.config, "image_size", 224)
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        preprocessing = Preprocessing.from_config(processor_config(args.model, args.revision), size)
+        size = pair(getattr(model.config, "image_size", 224))
+        own = own_preprocessing(args.model, args.revision, size)
     load = functools.partial(
         load_image_splits,
         args.dataset_name,
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         label_column_name=args.label_column_name,
         eval_split=args.eval_split,
         max_eval_samples=args.max_eval_samples,
-        seed=trained_seed(args) if args.seed is None else args.seed,
+        split_seed=trained_split_seed(args.model) if args.split_seed is None else args.split_seed,
         need_train=False,
         streaming=args.streaming,
     )
@@ -56,6 +56,9 @@ def main(argv: list[str]) -> None:
     class_index = match_classes(splits.class_names, known)
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
+    size = size if own is None else own.image_size
+    preprocessing = make_preprocessing(args, size, own, functools.partial(image_sizes_of, splits.eval, accelerator))
+    accelerator.print(f"preprocessing: {preprocessing}")
     report = DataReport(accelerator, args.on_bad_image)
     model.to(accelerator.device).eval()
     run = make_evaluate(args, model, splits.eval, preprocessing, accelerator, report.eval, class_index, keep=False)
@@ -73,11 +76,11 @@ def main(argv: list[str]) -> None:
     end(accelerator)
 
 
-def trained_seed(args: EvaluateArguments) -> int:
-    """The seed of the run that made a local model: it decides which images were held out of a set that has no
+def trained_split_seed(model: str) -> int:
+    """The --split_seed of the run that made a local model: it decides which images were held out of a set that has no
     evaluation split of its own."""
     try:
-        return int(yaml.safe_load((Path(args.model) / "run_config.yaml").read_text())["seed"])
+        return int(yaml.safe_load((Path(model) / "run_config.yaml").read_text())["split_seed"])
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         return 0
 

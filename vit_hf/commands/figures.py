@@ -44,14 +44,14 @@ def main(argv: list[str]) -> None:
             )
         if model.config.num_channels != 3:
             raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
-        preprocessing = make_preprocessing(args, model.config, size)
+        preprocessing = own_at_size(args, model.config, size)
     images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with model_errors(args):
         blocks = model_figures(model, images, preprocessing)
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     pixels = " x ".join(map(str, preprocessing.image_size))
-    intro = f"{len(images)} images {what}, at {pixels} pixels (height x width)."
+    intro = f"{len(images)} images {what}, at {pixels} pixels (height x width): {preprocessing}."
     write_document(output_dir, "index", f"Figures of {name}", [intro, *blocks], formats=("html",))
     for block in blocks:
         print(output_dir / f"{block.name}.png" if isinstance(block, Picture) else f"note: {block}")
@@ -78,10 +78,12 @@ def image_files(names: list[str], most: int) -> list[Path]:
     return files
 
 
-def make_preprocessing(args: FiguresArguments, config: Any, size: Any) -> Any:
-    """The model's own, at its size or the one asked for. Raises ValueError where a ViT's patches do not divide that."""
-    from vit_hf.data.preprocessing import Preprocessing, processor_config
+def own_at_size(args: FiguresArguments, config: Any, size: Any) -> Any:
+    """The model's own, at its size or the one asked for; of a model that says nothing both sides are resized. Raises
+    ValueError where a ViT's patches do not divide the size."""
+    from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
+    from vit_hf.parts import make_preprocessing
 
     height, width = pair(size or config.image_size)
     stride = getattr(config, "token_stride", (1, 1))
@@ -90,8 +92,8 @@ def make_preprocessing(args: FiguresArguments, config: Any, size: Any) -> Any:
             f"--image_size: {height}x{width} pixels are not divided by the model's patches; allowed are multiples of "
             + ("x".join(map(str, stride)) if stride[0] != stride[1] else str(stride[0]))
         )
-    own = Preprocessing.from_config(processor_config(args.model, args.revision), pair(config.image_size))
-    return own.at_size((height, width))
+    own = own_preprocessing(args.model, args.revision, pair(config.image_size))
+    return make_preprocessing(args, [height, width], own, lambda: [])  # the few images that are drawn decide nothing
 
 
 def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
@@ -112,7 +114,7 @@ def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
 def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
     """Images of the evaluation split, and where they are from. Raises UserError where none decodes."""
     from vit_hf.analysis.gallery import sample_images
-    from vit_hf.commands.evaluate import trained_seed
+    from vit_hf.commands.evaluate import trained_split_seed
     from vit_hf.data.rows.table import TableRows
     from vit_hf.data.sets.load import load_image_splits
 
@@ -122,7 +124,7 @@ def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
         image_column_name=args.image_column_name,
         label_column_name=args.label_column_name,
         eval_split=args.eval_split,
-        seed=trained_seed(args),
+        split_seed=trained_split_seed(args.model),
         need_train=False,
     )
     images = sample_images(TableRows(splits.eval), preprocessing, args.num_images)

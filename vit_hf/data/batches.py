@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.augment.crops import resized_crop_boxes
 from vit_hf.data.decode import decode_row
 from vit_hf.data.order import BatchIndices
 from vit_hf.data.preprocessing import Preprocessing
-from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
+from vit_hf.data.randomness import CROP_LEFT, CROP_TOP, REPLACEMENT, sample_keys, uniform
 from vit_hf.data.rows.interface import Rows
-from vit_hf.errors import UserError
+from vit_hf.errors import MEMORY, UserError
 
 DEVICE_SHARE = 0.2  # of a device's memory: a decoded set that takes no more is kept there
 
@@ -27,7 +28,7 @@ class ImageBatches(torch.utils.data.Dataset):
     Args:
         rows: a table, a stream or a formula.
         pixels: all of it, decoded (cache.py), and the rows that did not decode; None decodes batch by batch.
-        crop_scale: smallest share of the area of a random crop that is cut while decoding; None keeps the whole image.
+        crop: the random crop, where it is cut while decoding.
         on_bad_image: `raise`, or `skip`: a training row is replaced by another, chosen from (seed, visit, index); an
             evaluation row does not count.
         training: whether bad rows are replaced.
@@ -40,12 +41,12 @@ class ImageBatches(torch.utils.data.Dataset):
         pixels: tuple[np.ndarray, dict[int, str]] | None = None,
         *,
         seed: int = 0,
-        crop_scale: float | None = None,
+        crop: RandomCrop = RandomCrop(),
         on_bad_image: str = "raise",
         training: bool = False,
     ):
         self.rows, self.preprocessing, self.seed = rows, preprocessing, seed
-        self.crop_scale, self.on_bad_image, self.training = crop_scale, on_bad_image, training
+        self.crop, self.on_bad_image, self.training = crop, on_bad_image, training
         self.pixels, self.bad = pixels if pixels is not None else (None, {})
         self.on_device: Tensor | None = None
         if self.bad and on_bad_image == "raise":
@@ -92,6 +93,8 @@ class ImageBatches(torch.utils.data.Dataset):
             batch["labels"] = torch.from_numpy(labels)
         except UserError as caught:  # may be in a worker: a line is all that should come out of it
             error = str(caught)
+        except MemoryError:
+            error = MEMORY
         if bad and (self.on_bad_image == "raise" or (self.training and not valid.all())):
             error = str(self.error(bad))
         retried, self.rows.retried = self.rows.retried, []
@@ -120,12 +123,14 @@ class ImageBatches(torch.utils.data.Dataset):
         pixels = np.zeros((len(index), *self.preprocessing.image_size, 3), dtype=np.uint8)
         labels = np.zeros(len(index), dtype=np.int64)
         keys = sample_keys(self.seed, wanted.visit, wanted.index)
+        bicubic = self.preprocessing.bicubic_crops(keys)
         left = np.arange(len(index))
         for attempt in range(100):
             images, labels[left] = self.rows.read(index[left])
             again = []
             for place, image in zip(left.tolist(), images):
-                result = decode_row(image, self.preprocessing, self._box_of(keys[place : place + 1]))
+                cut = self._cut_of(keys[place : place + 1])
+                result = decode_row(image, self.preprocessing, **cut, bicubic=bicubic[place])
                 if isinstance(result, str):
                     bad[int(index[place])] = result
                     again.append(place)
@@ -138,7 +143,10 @@ class ImageBatches(torch.utils.data.Dataset):
         valid[again] = False
         return pixels, labels
 
-    def _box_of(self, key: np.ndarray):
-        if self.crop_scale is None:
-            return None
-        return lambda size: tuple(resized_crop_boxes(key, size, self.crop_scale)[0].tolist())
+    def _cut_of(self, key: np.ndarray) -> dict[str, Any]:
+        """What `decode_row` is told of a sample's random crop."""
+        if self.crop.kind == "scale":
+            return {"box_of": lambda size: tuple(resized_crop_boxes(key, size, self.crop)[0].tolist())}
+        if self.crop.kind == "simple":
+            return {"padding": int(self.crop.amount), "place": uniform(key, np.array([CROP_TOP, CROP_LEFT]))[0]}
+        return {}

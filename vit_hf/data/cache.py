@@ -22,8 +22,10 @@ from filelock import FileLock
 from PIL import __version__ as pillow_version
 from tqdm.auto import tqdm
 
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.decode import DECODE_ERRORS, decode_row, image_size
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import TableRows, source_state
 from vit_hf.errors import UserError
 
@@ -31,23 +33,30 @@ DECODED_BYTES = 8 << 30  # sets whose pixels take no more than this are decoded 
 FORMAT = 1  # raise it when the same rows would give other pixels
 
 
-def worth_decoding(rows: TableRows, preprocessing: Preprocessing, crops: bool) -> bool:
+def worth_decoding(rows: TableRows, preprocessing: Preprocessing, crop: RandomCrop = RandomCrop()) -> bool:
     """Whether a set is decoded once: its pixels fit, and nothing is lost by cropping the resized image instead of the
     original.
 
     Args:
-        crops: whether random boxes are cut, which from larger images should come at their full resolution.
+        crop: boxes out of larger images should come at their full resolution, and a `simple` crop out of an image of
+            another shape than the input.
     """
     height, width = preprocessing.image_size
     if len(rows) * height * width * 3 > DECODED_BYTES:
         return False
-    return not crops or all(h <= height and w <= width for h, w in sampled_sizes(rows))
+    if not crop.while_decoding:
+        return True
+    sizes = sampled_sizes(rows)
+    has_shape = crop.kind != "simple" or all(h * width == w * height for h, w in sizes)
+    return has_shape and all(h <= height and w <= width for h, w in sizes)
 
 
-def sampled_sizes(rows: TableRows, samples: int = 32) -> list[tuple[int, int]]:
-    """(height, width) of some images, evenly over the set; those that are none are left out."""
+def sampled_sizes(rows: Rows, samples: int = 32) -> list[tuple[int, int]]:
+    """(height, width) of some images, evenly over a table, the first ones of a stream; those that are none are left
+    out."""
     sizes = []
-    images, _ = rows.read(np.unique(np.linspace(0, len(rows) - 1, samples).astype(np.int64)))
+    last = len(rows) - 1 if isinstance(rows, TableRows) else min(len(rows), samples) - 1
+    images, _ = rows.read(np.unique(np.linspace(0, last, samples).astype(np.int64)))
     for image in images:
         try:
             sizes.append(image_size(image))

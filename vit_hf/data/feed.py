@@ -10,8 +10,9 @@ from typing import Any
 import datasets
 import torch
 
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
-from vit_hf.data.cache import decoded, worth_decoding
+from vit_hf.data.cache import decoded, sampled_sizes, worth_decoding
 from vit_hf.data.device import DeviceBatches, promised_bytes
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import SHARED_MEMORY, processes_here, shared_memory_free, shared_memory_needed, usable_cores
@@ -36,6 +37,7 @@ class LoadingSettings:
     on_bad_image: str = "raise"
     shuffle_buffer_size: int = 10_000
     aug_repeats: int = 1
+    class_balanced: bool = False
     eval_batch_size: int = 128
 
 
@@ -76,6 +78,11 @@ def to_device(
     return DeviceBatches(batches, order, device, workers, faults, needed_bytes=needed, shared=shared)
 
 
+def image_sizes(split: datasets.Dataset | Rows) -> list[tuple[int, int]]:
+    """(height, width) of some images of a split: evenly over a table, the first ones of a stream."""
+    return sampled_sizes(TableRows(split) if isinstance(split, datasets.Dataset) else split)
+
+
 def open_batches(
     split: datasets.Dataset | Rows,
     preprocessing: Preprocessing,
@@ -83,7 +90,7 @@ def open_batches(
     settings: LoadingSettings,
     *,
     seed: int = 0,
-    crop_scale: float | None = None,
+    crop: RandomCrop = RandomCrop(),
     training: bool = False,
     class_index: list[int] | None = None,
     keep: bool = True,
@@ -91,14 +98,16 @@ def open_batches(
     """A split's micro-batches on the host, decoded once where that pays.
 
     Args:
-        crop_scale: smallest share of a random crop, where there is one; a decoded set leaves it to the device.
+        crop: the random crop; a decoded set leaves it to the device.
         class_index: another number for each label.
         keep: False decodes anew each time, for a set that is gone through once.
     """
     pixels = None
+    if crop.while_decoding:  # the crop takes the place of the centre
+        preprocessing = preprocessing.whole_image()
     if isinstance(split, datasets.Dataset):
         rows: Rows = TableRows(split, class_index)
-        if keep and worth_decoding(rows, preprocessing, crops=crop_scale is not None):
+        if keep and worth_decoding(rows, preprocessing, crop):
             pixels = decoded(rows, preprocessing)
     else:
         rows = split
@@ -109,7 +118,7 @@ def open_batches(
         preprocessing,
         pixels,
         seed=seed,
-        crop_scale=None if pixels is not None else crop_scale,
+        crop=RandomCrop() if pixels is not None else crop,
         on_bad_image=settings.on_bad_image,
         training=training,
     )
@@ -126,13 +135,11 @@ def train_batches(
     settings: LoadingSettings,
     faults: Faults,
     *,
-    crop_scale: float | None = None,
+    crop: RandomCrop = RandomCrop(),
     say: Callable[[str], None] = print,
 ) -> tuple[DeviceBatches, bool]:
-    """The micro-batches of this process at the steps of the plan, and whether a `scale` crop is left to the device."""
-    batches = open_batches(
-        split, preprocessing, device, settings, seed=plan.seed, crop_scale=crop_scale, training=True
-    )
+    """The micro-batches of this process at the steps of the plan, and whether the crop is left to the device."""
+    batches = open_batches(split, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True)
     workers = workers_per_process(settings.num_workers, plan.num_processes)
     if isinstance(split, ParquetRows):
         shards = split.shards()
@@ -141,7 +148,8 @@ def train_batches(
         split.hold(settings.shuffle_buffer_size, workers)
         order = StreamOrder(plan, shards=shards, num_workers=workers, buffer_size=settings.shuffle_buffer_size)
     else:
-        order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats)
+        labels = batches.rows.labels if settings.class_balanced else None
+        order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats, labels=labels)
     if batches.pixels is not None:
         where = "on the device" if batches.on_device is not None else "mapped from the cache"
         say(f"images: decoded once, {batches.pixels.nbytes / 1e6:.0f} MB {where}")

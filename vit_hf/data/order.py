@@ -20,6 +20,32 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return np.argsort(mix_bits(sample_keys(seed, np.full_like(index, epoch), index)), kind="stable")
 
 
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of an epoch in which all classes come equally often: the number of each visit, counted for its sample
+    from the first epoch on, and the sample's index, int64 (N,) each; a function of the arguments alone.
+
+    The places of all epochs, N an epoch, go round the classes that have samples; those of one class go through its
+    samples again and again, each time in another order. So after each epoch the places of two classes, and the visits
+    of two samples of a class, differ by one at most. Source: class-balanced sampling, arXiv 1910.09217, section 3, here
+    without replacement.
+
+    Args:
+        labels: int (N,), at least 0.
+    """
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+    members = [rows for rows in members if len(rows)]
+    first, step = epoch * len(labels), len(members)
+    visit, index = np.empty((2, len(labels)), dtype=np.int64)
+    for number, rows in enumerate(members):
+        places = np.arange((number - first) % step, len(labels), step)
+        cycle, place = np.divmod((first + places) // step, len(rows))
+        cycles = np.arange(cycle[0], cycle[-1] + 1)
+        order = np.argsort(mix_bits(sample_keys(seed, cycles[:, None], rows[None])), axis=1, kind="stable")
+        visit[places], index[places] = cycle, rows[order[cycle - cycle[0], place]]
+    mixed = epoch_order(seed, epoch, len(labels))
+    return visit[mixed], index[mixed]
+
+
 @dataclass
 class BatchIndices:
     """The samples of one micro-batch: how often each was seen before and its index, int64 (B,); `valid` marks those
@@ -63,11 +89,12 @@ class TrainOrder:
     Args:
         repeats: how often each sample comes in a row, each time augmented otherwise; an epoch keeps its length, so it
             then holds a part of the samples. Source: repeated augmentation, arXiv 1902.05509.
+        labels: of all samples, int (N,), where all classes shall come equally often.
     """
 
-    def __init__(self, plan: StepPlan, *, num_samples: int, repeats: int = 1):
-        self.plan, self.num_samples, self.repeats = plan, num_samples, repeats
-        self._orders: dict[int, np.ndarray] = {}
+    def __init__(self, plan: StepPlan, *, num_samples: int, repeats: int = 1, labels: np.ndarray | None = None):
+        self.plan, self.num_samples, self.repeats, self.labels = plan, num_samples, repeats, labels
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -78,16 +105,21 @@ class TrainOrder:
             start = (micro_step * self.plan.num_processes + self.plan.rank) * size
             position, copy = np.divmod(np.arange(start, start + size), self.repeats)
             epoch, place = np.divmod(position, self.num_samples)
-            index = np.empty_like(place)
+            visit, index = np.empty((2, size), dtype=np.int64)
             for number in np.unique(epoch):
                 here = epoch == number
-                index[here] = self._order(int(number))[place[here]]
-            yield BatchIndices(epoch * self.repeats + copy, index, np.ones(len(index), dtype=bool))
+                visit[here], index[here] = (values[place[here]] for values in self._order(int(number)))
+            yield BatchIndices(visit * self.repeats + copy, index, np.ones(len(index), dtype=bool))
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each visit of an epoch, and the sample's index."""
         if epoch not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
-            self._orders[epoch] = epoch_order(self.plan.seed, epoch, self.num_samples)
+            if self.labels is None:
+                order = epoch_order(self.plan.seed, epoch, self.num_samples)
+                self._orders[epoch] = np.broadcast_to(epoch, order.shape), order
+            else:
+                self._orders[epoch] = balanced_order(self.plan.seed, epoch, self.labels)
         return self._orders[epoch]
 
 

@@ -1,12 +1,20 @@
-"""How an evaluation image becomes the model's input: the steps as values, from and to an image processor's file.
+"""How an evaluation image becomes the model's input: the steps as values, chosen from the flags, the model and the
+images, read from and written to an image processor's file.
 
 This module must not know how a file is decoded.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
+
+from vit_hf.data.randomness import INTERPOLATION, uniform
+
+CROP_PCT = 0.875  # 224 / 256: arXiv 1512.03385's centre of 224 pixels out of a shorter side of 256; timm's default too
+SHARPER = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)  # resizes whose random crops are bicubic
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,7 @@ class Preprocessing:
         image_mean, image_std: for each channel, in [0, 1].
         resized: (height, width) to resize both sides to before the centre is cut, as DeiT's processor does; None where
             there is nothing to cut or `shortest_edge` says it.
+        random_interpolation: whether training's random crops draw bilinear or bicubic for each sample.
     """
 
     image_size: tuple[int, int]
@@ -29,6 +38,54 @@ class Preprocessing:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BILINEAR
     resized: tuple[int, int] | None = None
+    random_interpolation: bool = False
+
+    @property
+    def interpolation(self) -> str:
+        """Pillow's name of the resize: nearest, lanczos, bilinear, bicubic, box or hamming."""
+        return Image.Resampling(self.resample).name.lower()
+
+    @property
+    def eval_resize(self) -> str:
+        """Which sides are resized to a fixed length: shortest (the shape stays), or square (both)."""
+        return "square" if self.shortest_edge is None else "shortest"
+
+    @property
+    def resized_to(self) -> int | list[int]:
+        """What an image is resized to before anything is cut: pixels of the shorter side, or [height, width]."""
+        return list(self.resized or self.image_size) if self.shortest_edge is None else self.shortest_edge
+
+    def __str__(self) -> str:
+        to = self.resized_to
+        sides = f"shorter side to {to}" if isinstance(to, int) else f"both sides to {to[0]}x{to[1]}"
+        cut = "" if self.shortest_edge is None and self.resized is None else ", the centre of {}x{}"
+        crops = "; random crops bilinear or bicubic, drawn" if self.random_interpolation else ""
+        return f"{sides}{cut.format(*self.image_size)}, {self.interpolation}{crops}"
+
+    def with_resize(self, eval_resize: str, crop_pct: float) -> "Preprocessing":
+        """The same with another resize: a side of the result is `crop_pct` of what the image is resized to, rounded
+        down. Where the result is not a square, the shorter side is held against its longer one, so that nothing has to
+        be filled up.
+
+        Source: timm, transforms_imagenet_eval (crop modes center and squash). It cuts the centre one pixel further
+        down or right where what is cut off is 3, 7, 11, ... pixels (it rounds the half to even, the image processor
+        down), and fits a result that is no square side by side.
+        """
+        height, width = (int(side / crop_pct) for side in self.image_size)
+        if eval_resize == "shortest":
+            return replace(self, shortest_edge=max(height, width), resized=None)
+        whole = (height, width) == self.image_size
+        return replace(self, shortest_edge=None, resized=None if whole else (height, width))
+
+    def whole_image(self) -> "Preprocessing":
+        """The same with nothing cut off: what a decoded set is stored as whose random crops are cut later."""
+        return replace(self, shortest_edge=None, resized=None)
+
+    def bicubic_crops(self, keys: np.ndarray) -> np.ndarray:
+        """Which samples' random crops are resized bicubic, by their keys: bool (B,). The others are bilinear."""
+        if self.random_interpolation:
+            return uniform(keys, INTERPOLATION) < 0.5
+        return np.full(len(keys), self.resample in SHARPER)
 
     def at_size(self, image_size: tuple[int, int]) -> "Preprocessing":
         """The same steps to images of another (height, width); what is resized before a crop scales along."""
@@ -85,9 +142,112 @@ class Preprocessing:
             shortest_edge=shortest_edge,
             image_mean=tuple(config.get("image_mean") or (0.5,) * 3) if normalises else (0.0,) * 3,
             image_std=tuple(config.get("image_std") or (0.5,) * 3) if normalises else (1.0,) * 3,
-            resample=config.get("resample", Image.Resampling.BILINEAR),
+            resample=Image.Resampling.BILINEAR if config.get("resample") is None else config["resample"],
             resized=resized,
         )
+
+    @classmethod
+    def from_timm(cls, pretrained_cfg: dict[str, Any], image_size: tuple[int, int]) -> "Preprocessing":
+        """Reads the `pretrained_cfg` of timm's config.json; `image_size` stands in where it names no size. Raises
+        ValueError for steps that are not a resize, a centre crop and a normalisation."""
+        name = str(pretrained_cfg.get("interpolation") or "bilinear")
+        crop_mode, crop_pct = pretrained_cfg.get("crop_mode") or "center", pretrained_cfg.get("crop_pct") or CROP_PCT
+        if name.upper() not in Image.Resampling.__members__:
+            known = ", ".join(Image.Resampling.__members__).lower()
+            raise ValueError(f"its pretrained_cfg has interpolation {name!r}, known are {known}")
+        if crop_mode not in ("center", "squash"):
+            raise ValueError(f"its pretrained_cfg has crop_mode {crop_mode!r}, supported are center and squash")
+        if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
+            raise ValueError(f"its pretrained_cfg has crop_pct {crop_pct!r}, supported is above 0 to 1")
+        return cls(
+            image_size=tuple((pretrained_cfg.get("input_size") or [3, *image_size])[1:]),
+            image_mean=tuple(pretrained_cfg.get("mean") or (0.5,) * 3),
+            image_std=tuple(pretrained_cfg.get("std") or (0.5,) * 3),
+            resample=Image.Resampling[name.upper()],
+        ).with_resize("square" if crop_mode == "squash" else "shortest", crop_pct)
+
+    def to_timm(self) -> dict[str, Any]:
+        """What timm's config.json says of these steps in `pretrained_cfg`. Both sides of a resize before a crop are
+        taken to have the share of the longer one."""
+        side, to = max(self.image_size), self.resized_to
+        to = to if isinstance(to, int) else max(to)
+        crop_pct = side / to if int(side / (side / to)) == to else side / (to + 0.5)  # timm rounds down
+        return {
+            "interpolation": self.interpolation,
+            "crop_pct": crop_pct,
+            "crop_mode": "squash" if self.shortest_edge is None else "center",
+            "mean": list(self.image_mean),
+            "std": list(self.image_std),
+        }
+
+
+def choose_preprocessing(
+    image_size: tuple[int, int],
+    own: Preprocessing | None,
+    sizes_of_images: Callable[[], list[tuple[int, int]]],
+    *,
+    interpolation: str = "auto",
+    crop_pct: float | None = None,
+    eval_resize: str = "auto",
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+) -> Preprocessing:
+    """What a run does to its images: as the flags say; else as the model's own processor; else by the images: shorter
+    side to size / CROP_PCT and the centre where most of them are larger than the input, both sides to the size where
+    they are not, bilinear.
+
+    Args:
+        image_size: (height, width) of the model's input.
+        own: what the model came with; its pixels before a crop scale along with the size.
+        sizes_of_images: gives (height, width) of some images of the set; asked only where the images decide.
+        interpolation: auto, bilinear or bicubic; `random` is auto whose random crops draw one of the two.
+        crop_pct: share of the resized side that is kept; by itself it means `eval_resize` shortest.
+        eval_resize: auto, shortest or square.
+    """
+    chosen = Preprocessing(image_size) if own is None else own.at_size(image_size)
+    kind = eval_resize
+    if kind == "auto" and (crop_pct is not None or (own is None and mostly_larger(sizes_of_images(), image_size))):
+        kind = "shortest"
+    if crop_pct is not None or kind not in ("auto", chosen.eval_resize):
+        chosen = chosen.with_resize(kind, crop_pct or {"shortest": CROP_PCT, "square": 1.0}[kind])
+    if interpolation in ("bilinear", "bicubic"):
+        chosen = replace(chosen, resample=Image.Resampling[interpolation.upper()])
+    return replace(
+        chosen,
+        image_mean=tuple(image_mean or chosen.image_mean),
+        image_std=tuple(image_std or chosen.image_std),
+        random_interpolation=interpolation == "random",
+    )
+
+
+def mostly_larger(sizes: list[tuple[int, int]], image_size: tuple[int, int]) -> bool:
+    """Whether more than half of the images, (height, width) each, are larger than the input: neither side below the
+    input's longer one, and one side above it."""
+    side = max(image_size)
+    larger = [min(size) >= side and max(size) > side for size in sizes]
+    return sum(larger) * 2 > len(larger)
+
+
+def own_preprocessing(name_or_path: str, revision: str | None, image_size: tuple[int, int]) -> Preprocessing | None:
+    """What a Hub id or a folder says of its images: its preprocessor_config.json, or else timm's `pretrained_cfg` in its
+    config.json; None where it says nothing.
+
+    Args:
+        image_size: (height, width) of the model's input, where the file names no size.
+
+    Raises:
+        ValueError: steps that are not a resize, a centre crop and a normalisation.
+    """
+    from transformers import PreTrainedConfig
+
+    config = processor_config(name_or_path, revision)
+    if config:
+        return Preprocessing.from_config(config, image_size)
+    try:
+        pretrained_cfg = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("pretrained_cfg")
+    except OSError:
+        return None
+    return Preprocessing.from_timm(pretrained_cfg, image_size) if pretrained_cfg else None
 
 
 def processor_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -98,9 +258,3 @@ def processor_config(name_or_path: str, revision: str | None = None) -> dict[str
         return ImageProcessingMixin.get_image_processor_dict(name_or_path, revision=revision)[0]
     except OSError:
         return {}
-
-
-def processor_normalisation(name_or_path: str, revision: str | None = None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, as the model was trained with them; 0.5 where it does not say."""
-    preprocessing = Preprocessing.from_config(processor_config(name_or_path, revision), (1, 1))
-    return list(preprocessing.image_mean), list(preprocessing.image_std)

@@ -10,8 +10,12 @@ from torch import Tensor
 
 # One number for each use of a sample's randomness, so that no two draws of a sample hang together. (Operations of
 # policies.py start at 1000, eight numbers a layer.)
-FLIP, CROP_TOP, CROP_LEFT, CROP_AREA, CROP_RATIO, ERASE, ERASE_TOP, ERASE_LEFT, ERASE_AREA, ERASE_RATIO = range(1, 11)
+FLIP, CROP_TOP, CROP_LEFT = 1, 2, 3
+ERASE = 6
+INTERPOLATION = 90  # bilinear or bicubic, for a random crop
 REPLACEMENT = 100  # and the 99 after it: another row in place of one that does not decode
+CROP_ATTEMPTS = 200  # and the 399 after it: four numbers for each of up to a hundred boxes
+ERASE_ATTEMPTS = 600  # and the 39 after it: four numbers for each of ten boxes
 
 Array = TypeVar("Array", np.ndarray, Tensor)  # int64: the mixing works for both, on every device
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

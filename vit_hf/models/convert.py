@@ -347,11 +347,15 @@ def _timm_json(config: Any, no_embed_class: bool) -> dict[str, Any]:
     return described
 
 
-def save_timm(model: ViTForImageClassification, directory: str | Path, mean: list[float], std: list[float]) -> None:
-    """Writes config.json and model.safetensors as a timm repository on the Hub has them. Both sides of an image are
-    said to be resized, bilinearly, as this package does it by default. Raises ValueError as `to_timm` does."""
+def save_timm(model: ViTForImageClassification, directory: str | Path, preprocessing: dict[str, Any]) -> None:
+    """Writes config.json and model.safetensors as a timm repository on the Hub has them. Raises ValueError as `to_timm`
+    does.
+
+    Args:
+        preprocessing: interpolation, crop_pct, crop_mode, mean and std, as timm's `pretrained_cfg` names them.
+    """
     tensors, config = to_timm(model)
-    config["pretrained_cfg"] |= {"mean": list(mean), "std": list(std)}
+    config["pretrained_cfg"] |= preprocessing
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if names and names != [f"LABEL_{index}" for index in range(len(names))]:
         config["label_names"] = names

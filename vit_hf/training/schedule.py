@@ -82,6 +82,10 @@ class Schedule:
         """Passes over the training set made by so many steps."""
         return steps * self.global_batch_size / self.num_samples
 
+    def first_step_of(self, epoch: int) -> int:
+        """The first step that holds no image of an earlier epoch; epochs count from 0."""
+        return math.ceil(epoch * self.num_samples / self.global_batch_size)
+
     def is_due(self, steps: int, every: int | None) -> bool:
         """Whether something that happens every so many steps (None: once an epoch) happens after `steps` steps; at
         the last step everything does."""

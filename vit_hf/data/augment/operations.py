@@ -27,7 +27,7 @@ class Program:
 
     Args:
         operation: int (B, L), numbers of OPERATIONS.
-        value: float (B, L), the operation's argument: a shear (pixels a pixel), a shift (whole pixels), degrees, the
+        value: float (B, L), the operation's argument: a shear (pixels a pixel), a shift (pixels), degrees, the
             factor of Pillow's ImageEnhance (1 changes nothing), bits kept, a threshold or addition in grey levels, the
             standard deviation of a blur or half the side of a cutout (pixels).
         centre: float (B, L, 2) in [0, 1), the place (y, x) of a cutout.
@@ -44,8 +44,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def apply_program(pixels: Tensor, program: Program, fill: int = 0) -> Tensor:
-    """Carries out a program: uint8 (B, H, W, C) -> the same shape; `fill` is the grey level of what is moved in."""
+def apply_program(pixels: Tensor, program: Program, fill: int | Tensor = 0) -> Tensor:
+    """Carries out a program: uint8 (B, H, W, C) -> the same shape; `fill` is the grey level of what is moved in, or one
+    for each channel, uint8 (C,) on the device."""
     families = [
         (("identity",), lambda group, operation, value, centre: group),
         (GEOMETRIC, lambda group, operation, value, centre: move(group, operation, value, fill)),
@@ -87,7 +88,7 @@ def inverse_matrices(operation: np.ndarray, value: np.ndarray, height: int, widt
     return matrix
 
 
-def move(pixels: Tensor, operation: np.ndarray, value: np.ndarray, fill: int) -> Tensor:
+def move(pixels: Tensor, operation: np.ndarray, value: np.ndarray, fill: int | Tensor) -> Tensor:
     """Shears, shifts (to the left and up for positive values) and rotates, nearest neighbour: uint8 (G, H, W, C)."""
     group, height, width, channels = pixels.shape
     m = inverse_matrices(operation, value, height, width)
@@ -102,7 +103,10 @@ def move(pixels: Tensor, operation: np.ndarray, value: np.ndarray, fill: int) ->
     source_x = (along_x[:, None, :] + down_x[:, :, None]).bitwise_right_shift_(16).clamp_(-1, width)
     source_y = (along_y[:, None, :] + down_y[:, :, None]).bitwise_right_shift_(16).clamp_(-1, height)
     # everything outside is read off a border of one pixel
-    bordered = torch.nn.functional.pad(pixels, (0, 0, 1, 1, 1, 1), value=fill).view(-1, channels)
+    bordered = pixels.new_empty(group, height + 2, width + 2, channels)
+    bordered[:] = fill
+    bordered[:, 1:-1, 1:-1] = pixels
+    bordered = bordered.view(-1, channels)
     first = torch.arange(group, dtype=torch.int32, device=pixels.device) * ((height + 2) * (width + 2)) + width + 3
     source = source_y.mul_(width + 2).add_(source_x).add_(first[:, None, None])
     return bordered.index_select(0, source.view(-1)).view(pixels.shape)
@@ -206,7 +210,7 @@ def blur(pixels: Tensor, value: np.ndarray) -> Tensor:
     return x
 
 
-def cutout(pixels: Tensor, value: np.ndarray, centre: np.ndarray, fill: int) -> Tensor:
+def cutout(pixels: Tensor, value: np.ndarray, centre: np.ndarray, fill: int | Tensor) -> Tensor:
     """Fills a square of side 2 x value about a place, cut at the border: uint8 (G, H, W, C). Source: arXiv 1708.04552."""
     half = np.floor(value)[:, None]
     middle = np.floor(centre * np.array(pixels.shape[1:3]))

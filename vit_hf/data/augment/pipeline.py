@@ -3,13 +3,16 @@
 What is drawn for a sample is drawn on the host from its key (randomness.py); the device only carries it out, in batches.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
-from vit_hf.data.augment.erasing import random_erasing
-from vit_hf.data.augment.mixing import mix
+from vit_hf.data.augment.erasing import random_erasing, random_erasing_normalised
+from vit_hf.data.augment.mixing import Mixing, mix
 from vit_hf.data.augment.operations import apply_program, to_device
 from vit_hf.data.augment.policies import Policy, chain
 from vit_hf.data.randomness import sample_keys
@@ -25,11 +28,12 @@ class Augment:
 
     Args:
         num_classes: K.
-        crop: (none | padding | scale, number); `scale` is skipped for a batch that was cropped while it was decoded.
+        crop: none for batches that were cropped while they were decoded.
+        bicubic_crops: keys -> bool (B,), which samples' `scale` crops are resized bicubic; None: all are bilinear.
         policies: each (keys, (height, width)) -> Program; carried out one after the other.
-        fill: grey level that the policies' shifts and rotations bring in.
+        fill: grey level that the policies' shifts and rotations bring in, of all channels or of each.
         erasing: probability of random erasing.
-        mixup_mode: batch | elem.
+        erasing_mode: `uniform` (grey levels, before normalisation), or `pixel` or `const` of timm (after it).
         label_smoothing: share of every target spread over all classes (arXiv 1512.00567, section 7).
     """
 
@@ -41,21 +45,21 @@ class Augment:
         mean: list[float],
         std: list[float],
         device: torch.device,
-        crop: tuple[str, float] = ("none", 0.0),
+        crop: RandomCrop = RandomCrop(),
+        bicubic_crops: Callable[[np.ndarray], np.ndarray] | None = None,
         flip: float = 0.0,
         policies: list[Policy] | None = None,
-        fill: int = 0,
+        fill: int | tuple[int, ...] = 0,
         erasing: float = 0.0,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
-        mixup_mode: str = "batch",
+        erasing_mode: str = "uniform",
+        mixing: Mixing = Mixing(),
         label_smoothing: float = 0.0,
     ):
         self.seed, self.num_classes, self.device = seed, num_classes, device
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.crop, self.flip = crop, flip
-        self.policies, self.fill, self.erasing = policies or [], fill, erasing
-        self.mixup_alpha, self.cutmix_alpha, self.mixup_mode = mixup_alpha, cutmix_alpha, mixup_mode
+        self.crop, self.bicubic_crops, self.flip = crop, bicubic_crops, flip
+        self.policies, self.fill = policies or [], torch.tensor(fill, dtype=torch.uint8, device=device)
+        self.erasing, self.erasing_mode, self.mixing = erasing, erasing_mode, mixing
         self.label_smoothing = label_smoothing
 
     def __call__(self, batch: dict[str, Tensor], step: int, micro_step: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -64,25 +68,33 @@ class Augment:
         keys = sample_keys(self.seed, batch["visit"].numpy(), batch["index"].numpy())
         pixels = self.change(batch["pixel_values"].permute(0, 2, 3, 1), keys)
         pixel_values = normalise(pixels.permute(0, 3, 1, 2), self.mean, self.std)
+        if self.erasing > 0 and self.erasing_mode != "uniform":
+            pixel_values = random_erasing_normalised(pixel_values, keys, self.erasing, self.erasing_mode)
         targets = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
         if self.label_smoothing > 0:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-        rng = np.random.default_rng([self.seed, step, micro_step, rank])
-        return mix(pixel_values, targets, rng, self.mixup_alpha, self.cutmix_alpha, self.mixup_mode)
+        if not self.mixing.is_on(step):
+            return pixel_values, targets
+        return mix(pixel_values, targets, np.random.default_rng([self.seed, step, micro_step, rank]), self.mixing)
 
     def change(self, pixels: Tensor, keys: np.ndarray) -> Tensor:
         """What happens to each image by itself: uint8 (B, H, W, C), same shape."""
         height, width = pixels.shape[1:3]
-        kind, amount = self.crop
         flipped = flips(keys, self.flip)
-        if kind == "scale":
-            pixels = random_resized_crop(pixels, resized_crop_boxes(keys, (height, width), amount), flipped)
-        elif kind == "padding":
-            pixels = random_padded_crop(pixels, keys, int(amount), flipped)
+        if self.crop.kind == "scale":
+            bicubic = self.bicubic_crops(keys) if self.bicubic_crops is not None else None
+            pixels = random_resized_crop(
+                pixels, resized_crop_boxes(keys, (height, width), self.crop), flipped, bicubic
+            )
+        elif self.crop.kind in ("padding", "simple"):
+            reflect = self.crop.kind == "simple"
+            pixels = random_padded_crop(pixels, keys, int(self.crop.amount), flipped, reflect)
         elif flipped.any():
             rows = to_device(np.flatnonzero(flipped), pixels.device)
             pixels = pixels.index_copy(0, rows, pixels.index_select(0, rows).flip(2))
         if self.policies:
             program = chain([policy(keys, (height, width)) for policy in self.policies])
             pixels = apply_program(pixels, program, self.fill)
-        return random_erasing(pixels, keys, self.erasing) if self.erasing > 0 else pixels
+        if self.erasing > 0 and self.erasing_mode == "uniform":
+            pixels = random_erasing(pixels, keys, self.erasing)
+        return pixels

@@ -6,7 +6,7 @@ operations.py. Where a published op set names sizes in pixels, those are its own
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from vit_hf.data.augment.operations import NUMBER, Program
 from vit_hf.data.randomness import uniform
 
 # One number for each use of a sample's randomness; each layer of a policy takes its own.
-_OPERATION, _STRENGTH, _SIGN, _CENTRE_Y, _CENTRE_X = range(5)
+_OPERATION, _STRENGTH, _SIGN, _CENTRE_Y, _CENTRE_X, _IS_DONE, _NOISE = range(7)
 _JITTER_LAYER = 8  # after the layers of the other policies
 # the keys of the samples and (height, width) of the pictures -> what happens to each
 Policy = Callable[[np.ndarray, tuple[int, int]], Program]
@@ -68,12 +68,48 @@ def _big_vision() -> Ranges:
     return ranges
 
 
-# Op sets of RandAugment: {name: (ranges, the magnitude that is strength 1, grey level that is moved in)}.
+def _timm() -> Ranges:
+    def enhance(strength, sign, side):
+        return np.maximum(1 + 0.9 * strength * sign, 0.1)
+
+    def shifted(strength, sign, side):
+        return 0.45 * strength * side * sign
+
+    changed = {
+        "invert": lambda strength, sign, side: 0 * strength,
+        "posterize": lambda strength, sign, side: 4 - np.trunc(4 * strength),
+        "solarize": lambda strength, sign, side: 256 - np.trunc(256 * strength),
+        "solarize_add": lambda strength, sign, side: np.trunc(110 * strength),
+        **dict.fromkeys(("translate_x", "translate_y"), shifted),
+        **dict.fromkeys(("brightness", "color", "contrast", "sharpness"), enhance),
+    }
+    ranges = _common(0.3, 30, 0, 0, lambda side: 0) | changed
+    del ranges["identity"]
+    return ranges
+
+
+class OpSet(NamedTuple):
+    """A published set of operations for RandAugment.
+
+    Args:
+        full: the magnitude that is strength 1.
+        fill: grey level that is moved in; None is the mean colour of the images.
+        probability: with which each operation is done.
+    """
+
+    ranges: Ranges
+    full: float
+    fill: int | None
+    probability: float = 1.0
+
+
 # torchvision: transforms.RandAugment with its 31 bins. big_vision: pp/autoaugment.py, with which arXiv 2205.01580 was
-# trained; there a magnitude of 0 is not the identity, and 10 leaves out the solarization.
-OP_SETS: dict[str, tuple[Ranges, float, int]] = {
-    "torchvision": (_common(0.3, 30, 0.9, 4, lambda side: 150 / 331 * side), 30, 0),
-    "big_vision": (_big_vision(), 10, 128),
+# trained; there a magnitude of 0 is not the identity, and 10 leaves out the solarization. timm: the operations that grow
+# with the magnitude of data/auto_augment.py, what its "rand-m9-mstd0.5-inc1" means.
+OP_SETS = {
+    "torchvision": OpSet(_common(0.3, 30, 0.9, 4, lambda side: 150 / 331 * side), 30, 0),
+    "big_vision": OpSet(_big_vision(), 10, 128),
+    "timm": OpSet(_timm(), 10, None, probability=0.5),
 }
 TRIVIAL = _common(0.99, 135, 0.99, 6, lambda side: 32)
 
@@ -97,18 +133,37 @@ def _program(
 
 
 def rand_augment(
-    keys: np.ndarray, size: tuple[int, int], num_ops: int = 2, magnitude: float = 9, ops: str = "torchvision"
+    keys: np.ndarray,
+    size: tuple[int, int],
+    num_ops: int = 2,
+    magnitude: float = 9,
+    ops: str = "torchvision",
+    magnitude_std: float = 0.0,
 ) -> Program:
-    """`num_ops` operations for each sample, all of one magnitude.
+    """`num_ops` operations for each sample, all of one magnitude, or about it.
 
     Args:
         size: (height, width) in pixels.
-        magnitude: 0 to 30 for torchvision's op set, 0 to 10 for big_vision's.
+        magnitude: 0 to 30 for torchvision's op set, 0 to 10 for big_vision's and timm's.
+        magnitude_std: standard deviation of each operation's magnitude, which is then cut to the op set's scale.
 
     Source: arXiv 1909.13719; the op sets above.
     """
-    ranges, full, _ = OP_SETS[ops]
-    return _program(keys, range(num_ops), ranges, magnitude / full, size)
+    op_set, layers = OP_SETS[ops], 1000 + 8 * np.arange(num_ops)
+    if magnitude_std > 0:
+        drawn = normal(uniform(keys, layers + _STRENGTH), uniform(keys, layers + _NOISE))
+        magnitude = np.clip(magnitude + magnitude_std * drawn, 0, op_set.full)
+    program = _program(keys, range(num_ops), op_set.ranges, magnitude / op_set.full, size)
+    if op_set.probability < 1:
+        is_done = uniform(keys, layers + _IS_DONE) < op_set.probability
+        program.operation = np.where(is_done, program.operation, NUMBER["identity"])
+    return program
+
+
+def normal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Standard normal numbers, float64, from two independent numbers in [0, 1) each. Source: Box and Muller, "A note on
+    the generation of random normal deviates", 1958."""
+    return np.sqrt(-2 * np.log1p(-first.astype(np.float64))) * np.cos(2 * np.pi * second.astype(np.float64))
 
 
 def trivial_augment(keys: np.ndarray, size: tuple[int, int]) -> Program:

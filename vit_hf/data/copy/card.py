@@ -32,7 +32,9 @@ def describe_copy(output_dir: Path, content: dict[str, Any], shards: list[Shard]
     for split, total in summary.items():
         if total["rows"] == 0:
             raise UserError(f"{split} split: none of its {total['skipped']} images decodes; look at --dataset_name")
+    splits = list(summary)
     bad = [row for shard in shards for row in read_footer(shard)["bad"]]
+    bad.sort(key=lambda row: (splits.index(row["split"]), row["row"]))
     if bad:
         write_text(output_dir / "bad_images.jsonl", "".join(f"{json.dumps(row)}\n" for row in bad))
         print(f"warning: {len(bad)} images are left out: {output_dir / 'bad_images.jsonl'}", file=sys.stderr)
@@ -57,7 +59,7 @@ def _card(content: dict[str, Any], summary: dict[str, dict[str, int]]) -> str:
         rows = f"A subset of the training split, `{rule}` with the hash `{digest}`"
     if any(total["skipped"] for total in summary.values()):
         rows += ", without the images that do not decode, which bad_images.jsonl lists"
-    rows += "; in the order of the source.\n"
+    rows += f"; in a random order (seed {content['row_order_seed']}). The other split has the order of the source.\n"
     others = {name: value for name, value in source.items() if name not in ("dataset_name", "subset") and value}
     if others:
         rows += "\n" + "".join(f"- {name}: `{value}`\n" for name, value in others.items())
@@ -80,6 +82,9 @@ all others have their original bytes.
 |---|---|---|---|---|---|
 {splits}
 {rows}
+Beside `image` and `label`, `source_row` is the number of the row in the split of the source, and `source_sha256` the
+SHA-256 of its image there, so that a subset can be chosen alike from the source and from the copy.
+
 The terms of use are those of the source. Written by vit_hf {versions["vit_hf"]} with Pillow {versions["pillow"]};
 `sha256sum -c checksums.sha256` checks the files.
 """

@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import PIL
 
 import vit_hf
+from vit_hf.data.sets.origin import Origin
 from vit_hf.errors import UserError
 
 if TYPE_CHECKING:
     from vit_hf.data.sets.names import ImageSplits
 
 
+ROW_ORDER_SEED = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of the copy: rows start..stop-1 of a split."""
+    """One file of the copy: the places start..stop-1 of a split in the copy's order."""
 
     split: str
     path: Path
@@ -35,23 +40,37 @@ class Work:
     """What every shard is made with."""
 
     sets: dict[str, datasets.Dataset]  # by the split's name in the copy
+    numbers: dict[str, np.ndarray]  # of their rows in the source, int64 (n,)
+    digests: dict[str, np.ndarray]  # of the source's images, uint8 (n, 32), where the source is a copy itself
     class_names: list[str]
     shorter_side: int
     jpeg_quality: int
     on_bad_image: str
 
 
-def named_splits(splits: "ImageSplits") -> tuple[dict[str, datasets.Dataset], dict[str, str]]:
-    """The splits, and what the source calls them, by their names in the copy: names that are found without a flag."""
+def copy_order(split: str, num_rows: int) -> np.ndarray:
+    """The rows of a split in the order in which a copy holds them, int64 (n,). Training rows are mixed, since a stream
+    mixes no more than its buffer, and many sets come sorted by class; the others stay as they are."""
+    if split != "train":
+        return np.arange(num_rows)
+    # RandomState's stream is frozen by numpy, so the order is the same under every numpy version.
+    return np.random.RandomState(ROW_ORDER_SEED).permutation(num_rows)
+
+
+def named_splits(
+    splits: "ImageSplits",
+) -> tuple[dict[str, datasets.Dataset], dict[str, Origin], dict[str, str]]:
+    """The splits, where their rows come from, and what the source calls them, by their names in the copy: names that
+    are found without a flag."""
     evaluation = "validation" if splits.eval_split in ("validation", "val", "valid", "dev") else "test"
     sets = {"train": splits.train, evaluation: splits.eval}
-    origins = {"train": splits.train_split, evaluation: splits.eval_split}
-    return {name: rows for name, rows in sets.items() if rows is not None}, origins
+    sets = {name: rows for name, rows in sets.items() if rows is not None}
+    origins = {"train": splits.train_origin, evaluation: splits.eval_origin}
+    origins = {name: origins[name] or Origin(np.arange(len(rows))) for name, rows in sets.items()}
+    return sets, origins, {"train": splits.train_split, evaluation: splits.eval_split}
 
 
-def describe_content(
-    work: Work, origins: dict[str, str], source: dict[str, Any], rows_per_shard: int
-) -> dict[str, Any]:
+def describe_content(work: Work, names: dict[str, str], source: dict[str, Any], rows_per_shard: int) -> dict[str, Any]:
     """What decides the bytes of the copy, for prepare.json, in plain values."""
     from vit_hf.data.sets.names import NAMED_SETS
 
@@ -65,9 +84,10 @@ def describe_content(
         "shorter_side": work.shorter_side,
         "jpeg_quality": work.jpeg_quality,
         "rows_per_shard": rows_per_shard,
+        "row_order_seed": ROW_ORDER_SEED,
         "splits": {
             split: {
-                "source": origins[split],
+                "source": names[split],
                 "rows": len(values),
                 "labels_sha256": hashlib.sha256(values.astype("<i8").tobytes()).hexdigest(),
             }
@@ -109,12 +129,12 @@ def recorded_content(output_dir: Path) -> dict[str, Any] | None:
 
 def check_same(output_dir: Path, recorded: dict[str, Any], content: dict[str, Any], finished: bool) -> None:
     """Raises UserError where the folder's copy is another one. Other versions of the programs write other bytes, so
-    they may not go on with a copy; a finished one is not touched."""
+    they may not go on with a copy; a finished one is not touched, not even one whose rows are not mixed."""
     then, now = _flat(recorded), _flat(content)
     different = [
         f"{name} {_short(then.get(name))} then, {_short(now.get(name))} now"
         for name in dict.fromkeys([*now, *then])
-        if then.get(name) != now.get(name) and not (finished and name.startswith("versions."))
+        if then.get(name) != now.get(name) and not (finished and name.startswith(("versions.", "row_order_seed")))
     ]
     if different:
         raise UserError(

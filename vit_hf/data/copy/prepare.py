@@ -4,8 +4,9 @@ Job: shrink and encode images, write the files whole or not at all, go on after 
 Must not know: models, training, where a set comes from and which rows were chosen (sets/ did that).
 
     DIR/prepare.json                             what the copy is; written first, and compared by a later start
-    DIR/data/train-00000-of-00313.parquet        rows in the source's order; features and bad rows in the footer
-    DIR/data/validation-00000-of-00013.parquet   or test-...
+    DIR/data/train-00000-of-00313.parquet        rows in a seeded order, with their numbers and digests in the source;
+                                                 features and bad rows in the footer
+    DIR/data/validation-00000-of-00013.parquet   or test-...; in the source's order
     DIR/bad_images.jsonl                         the rows that were left out, if any were
     DIR/README.md                                the dataset card
     DIR/checksums.sha256                         for `sha256sum -c`; written last, so a copy that has it is finished
@@ -59,7 +60,8 @@ def prepare(
     """Writes a copy of both splits whose images have at most `shorter_side` pixels on their shorter side.
 
     An image that is larger is shrunk and written as JPEG; any other keeps its bytes, with its format and its
-    orientation tag. A start in a folder where another one was interrupted makes only the files that are missing.
+    orientation tag. A start in a folder where another one was interrupted makes only the files that are missing. The
+    training rows come in another order, a function of their number alone.
 
     Args:
         splits: as `load_image_splits` returns them without streaming. Their training split is called train in the
@@ -72,8 +74,8 @@ def prepare(
         jpeg_quality: 1 to 100.
         rows_per_shard: source rows behind each parquet file.
         num_processes: default, all cores that this process may use; 1 works in this process.
-        on_bad_image: `raise`, or `skip`: the row is left out and listed in bad_images.jsonl, by its number in `splits`.
-            A later start may choose the other.
+        on_bad_image: `raise`, or `skip`: the row is left out and listed in bad_images.jsonl, by its number in the
+            split of the source. A later start may choose the other.
 
     Returns:
         {split: {"rows", "shards", "bytes", "skipped"}}: rows and parquet files of the copy, their size, and the rows
@@ -88,24 +90,30 @@ def prepare(
         raise UserError(f"--shorter_side {shorter_side}: must be at least 1 pixel")
     if not 1 <= jpeg_quality <= 100:
         raise UserError(f"--jpeg_quality {jpeg_quality}: must be in 1..100")
-    sets, origins = named_splits(splits)
-    work = Work(sets, splits.class_names, shorter_side, jpeg_quality, on_bad_image)
-    content = describe_content(work, origins, {**source, "subset": splits.subset}, rows_per_shard)
+    sets, origins, names = named_splits(splits)
+    numbers = {split: origin.numbers() for split, origin in origins.items()}
+    digests = {split: origin.known_digests() for split, origin in origins.items()}
+    digests = {split: known for split, known in digests.items() if known is not None}
+    work = Work(sets, numbers, digests, splits.class_names, shorter_side, jpeg_quality, on_bad_image)
+    content = describe_content(work, names, {**source, "subset": splits.subset}, rows_per_shard)
     shards = plan_shards(output_dir / "data", sets, rows_per_shard)
-    recorded = recorded_content(output_dir)
-    finished = (output_dir / "checksums.sha256").exists() and all(read_footer(shard) for shard in shards)
-    if recorded is not None:
-        check_same(output_dir, recorded, content, finished)
+    recorded, finished = _look(output_dir, content, shards)
     if finished:
         print(f"{output_dir} holds this copy, finished: nothing to do")
+        if recorded is not None and "row_order_seed" not in recorded:
+            print(
+                "note: an earlier version made it, in the order of the source and without the digests of its images, "
+                "so its subsets differ from the source's; a new copy needs another --output_dir"
+            )
         return summarise(shards)
     try:
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
-        if recorded is None:
-            write_text(output_dir / "prepare.json", json.dumps(content, indent=1) + "\n")
         with _alone(output_dir):
-            digests = make_shards(shards, work, min(num_processes or usable_cores(), len(shards)))
-            describe_copy(output_dir, content, shards, digests)
+            recorded, _ = _look(output_dir, content, shards)  # again: another process may have been here since
+            if recorded is None:
+                write_text(output_dir / "prepare.json", json.dumps(content, indent=1) + "\n")
+            checksums = make_shards(shards, work, min(num_processes or usable_cores(), len(shards)))
+            describe_copy(output_dir, content, shards, checksums)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -113,20 +121,35 @@ def prepare(
     return summarise(shards)
 
 
+def _look(output_dir: Path, content: dict[str, Any], shards: list[Shard]) -> tuple[dict[str, Any] | None, bool]:
+    """What the folder's prepare.json says, and whether the copy is finished. Raises UserError where it is another one."""
+    recorded = recorded_content(output_dir)
+    finished = (output_dir / "checksums.sha256").exists() and all(read_footer(shard) for shard in shards)
+    if recorded is not None:
+        check_same(output_dir, recorded, content, finished)
+    return recorded, finished
+
+
 @contextlib.contextmanager
 def _alone(output_dir: Path) -> Iterator[None]:
-    """Raises UserError where another process is writing the same copy."""
-    with open(output_dir / "prepare.json") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"--output_dir {output_dir}: another process is writing this copy; let it finish"
-                ) from None
+    """Raises UserError where another process of this machine is writing in the folder. The lock is on the folder itself:
+    a file in it may be replaced, and then two processes would hold two locks of one name."""
+    if os.name != "posix":
         yield
+        return
+    import fcntl
+
+    folder = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output_dir {output_dir}: another process is writing this copy; let it finish"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def _disk_full(output_dir: Path, shards: list[Shard]) -> UserError:

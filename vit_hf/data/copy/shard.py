@@ -11,27 +11,29 @@ from pathlib import Path
 from typing import IO, Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from vit_hf.data.copy.plan import Shard, Work
-from vit_hf.data.decode import DECODE_ERRORS, open_image
+from vit_hf.data.copy.plan import Shard, Work, copy_order
+from vit_hf.data.decode import DECODE_ERRORS, JPEGS, open_image
 from vit_hf.data.rows.table import TableRows
+from vit_hf.data.sets.origin import SOURCE_COLUMNS, SOURCE_ROW, SOURCE_SHA256
 from vit_hf.errors import UserError
 
 ROWS_PER_GROUP = 100  # what a reader of a stream has to fetch and hold at least
 BAD_ROWS = "vit_hf.bad_images"  # key in a file's footer: the rows of its range that it lacks, as JSON
 
 
-def _copied(value: dict[str, Any], shorter_side: int, jpeg_quality: int) -> dict[str, Any]:
-    """A row's image {"bytes", "path"} as it is in the copy. Raises one of DECODE_ERRORS."""
+def _copied(value: dict[str, Any], shorter_side: int, jpeg_quality: int) -> tuple[dict[str, Any], str]:
+    """A row's image {"bytes", "path"} as it is in the copy, and the SHA-256 (hex) of what it was. Raises one of
+    DECODE_ERRORS."""
     data, path = value["bytes"], value["path"]
     if data is None and path is None:
         raise ValueError("neither bytes nor a path")
     if data is None:
         data = Path(path).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
     image = _shrunk(data, shorter_side)
     if image is not None:
         # Chroma at half the resolution, as nearly all photographs have it: a quarter to a third fewer bytes to store
@@ -40,7 +42,7 @@ def _copied(value: dict[str, Any], shorter_side: int, jpeg_quality: int) -> dict
         image.save(encoded, "JPEG", quality=jpeg_quality, subsampling="4:2:0", comment=b"")
         data = encoded.getvalue()
     # the name alone, also of a file in an archive: zip://class/a.jpg::/home/...
-    return {"bytes": data, "path": path and os.path.basename(path.split("::")[0])}
+    return {"bytes": data, "path": path and os.path.basename(path.split("::")[0])}, digest
 
 
 def _shrunk(data: bytes, shorter_side: int) -> Image.Image | None:
@@ -53,7 +55,7 @@ def _shrunk(data: bytes, shorter_side: int) -> Image.Image | None:
     """
     with Image.open(io.BytesIO(data)) as image:
         short = min(image.size)
-        if image.format == "JPEG" and short >= 4 * shorter_side:
+        if image.format in JPEGS and short >= 4 * shorter_side:
             width, height = _size(image.size, shorter_side)
             image.draft(None, (2 * width, 2 * height))
             small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -86,21 +88,25 @@ def finish_shard(shard: Shard, rows: TableRows, work: Work, count: Callable[[int
 
 
 def _write(shard: Shard, rows: TableRows, work: Work, count: Callable[[int], Any]) -> None:
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=work.class_names)}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=work.class_names), **SOURCE_COLUMNS}
     schema = datasets.Features(features).arrow_schema
     # images are compressed already, and no two are the same
     options = {"compression": "none", "use_dictionary": False, "write_statistics": ["label"], "write_page_index": True}
+    order, numbers, digests = copy_order(shard.split, len(rows)), work.numbers[shard.split], work.digests
     bad = []
     with whole_file(shard.path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for start in range(shard.start, shard.stop, ROWS_PER_GROUP):
-            index = np.arange(start, min(start + ROWS_PER_GROUP, shard.stop))
+            index = order[start : min(start + ROWS_PER_GROUP, shard.stop)]
             kept = []
             for row, value, label in zip(index.tolist(), *rows.read(index)):
+                number = int(numbers[row])
                 try:
-                    image = _copied(value, work.shorter_side, work.jpeg_quality)
-                    kept.append({"image": image, "label": int(label)})
+                    image, digest = _copied(value, work.shorter_side, work.jpeg_quality)
+                    if shard.split in digests:
+                        digest = digests[shard.split][row].tobytes().hex()
+                    kept.append({"image": image, "label": int(label), SOURCE_ROW: number, SOURCE_SHA256: digest})
                 except DECODE_ERRORS as error:
-                    bad.append(_bad_row(shard.split, row, value["path"], error, work.on_bad_image))
+                    bad.append(_bad_row(shard.split, number, value["path"], error, work.on_bad_image))
                 count(1)
             if kept:
                 writer.write_table(pa.Table.from_pylist(kept, schema=schema))

@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 
 from vit_hf.errors import UserError
 
-IMAGE_NAMES = ("image", "img", "images", "picture", "pixels")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category")
+IMAGE_NAMES = ("image", "img", "images", "picture", "pixels", "jpg", "jpeg", "png", "webp")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "cls")
 NO_LABEL = -1  # what `datasets` stores where a test split keeps its labels back
 
 

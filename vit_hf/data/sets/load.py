@@ -9,6 +9,7 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, encode_labels, find_columns
@@ -21,11 +22,21 @@ from vit_hf.data.sets.names import (
     ImageSplits,
     eval_split_name,
     listed_splits,
+    note_old_copy,
     resolve_name,
     train_split_name,
 )
+from vit_hf.data.sets.origin import SOURCE_COLUMNS, Origin, carries_origin
 from vit_hf.data.sets.streamed import load_streamed
-from vit_hf.data.sets.subset import SubsetRule, apply_rule, draw_samples, hold_out, resolve_classes
+from vit_hf.data.sets.subset import (
+    SubsetRule,
+    apply_rule,
+    check_untrained,
+    draw_samples,
+    hold_out,
+    resolve_classes,
+)
+from vit_hf.data.sets.tars import tar_class_names
 from vit_hf.errors import UserError
 
 HELD_OUT_FRACTION = 0.1
@@ -39,6 +50,7 @@ class _Split:
     images: datasets.Dataset  # the one column `image`
     labels: np.ndarray  # int64 (N,), over all source rows
     rows: np.ndarray  # int64 (n,), ascending
+    origin: Origin  # of all source rows
 
 
 def load_image_splits(
@@ -53,7 +65,7 @@ def load_image_splits(
     subset: SubsetRule = SubsetRule(),
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-    seed: int = 0,
+    split_seed: int = 0,
     need_train: bool = True,
     streaming: bool = False,
     cache_dir: str | None = None,
@@ -61,8 +73,8 @@ def load_image_splits(
     """Load a set's training and evaluation split, every process the same rows.
 
     Args:
-        dataset_name: digits, glyphs, fractal, cifar10, imagenet-1k, an existing folder (imagefolder, parquet or
-            `save_to_disk`), or a Hub id; a named set goes before a folder of that name (write `./digits` for it).
+        dataset_name: digits, glyphs, fractal, cifar10, imagenet-1k, an existing folder (imagefolder, parquet, tar
+            shards or `save_to_disk`), or a Hub id; a named set goes before a folder of that name (write `./digits` for it).
         dataset_config_name, revision: configuration and version of a Hub set; the options of `fractal`.
         image_column_name, label_column_name: columns, where their types do not decide.
         train_split: default `train`.
@@ -70,7 +82,7 @@ def load_image_splits(
             held out of the training split (said in `notes`).
         subset: which training rows to keep; its classes also filter the evaluation split, nothing else does.
         max_train_samples, max_eval_samples: trial draws after the subset filter.
-        seed: of the held-out tenth and the draws.
+        split_seed: of the held-out tenth and the draws; not the run's, so that runs of all seeds see the same images.
         need_train: False leaves `train` and `subset` empty; the evaluation split is the same either way.
         streaming: read parquet shards, or compute fractals, as they are needed, instead of storing them first.
         cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
@@ -81,7 +93,7 @@ def load_image_splits(
     """
     if streaming:
         options = (dataset_config_name, revision, image_column_name, label_column_name, train_split, eval_split)
-        draws = (max_train_samples, max_eval_samples, seed)
+        draws = (max_train_samples, max_eval_samples, split_seed)
         return load_streamed(dataset_name, *options, subset, *draws, need_train, cache_dir)
     source = _load_source(dataset_name, dataset_config_name, revision, cache_dir)
     notes: list[str] = []
@@ -92,12 +104,13 @@ def load_image_splits(
     eval_name = eval_split_name(source, eval_split, train_name, label_column_name, notes)
     if eval_name is not None:
         columns[eval_name] = find_columns(source[eval_name], eval_name, image_column_name, label_column_name)
-    splits, class_names = _read_splits({name: source[name] for name in columns}, columns)
+    names = tar_class_names(next(iter(source.values())), dataset_name, revision)
+    splits, class_names = _read_splits({name: source[name] for name in columns}, columns, names, cache_dir)
     train, evaluation = splits.get(train_name), splits.get(eval_name)
     if (need_train or evaluation is None) and len(train.rows) == 0:
         raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(source)}")
     if evaluation is None:
-        train, evaluation = _hold_out(train, seed, notes)
+        train, evaluation = _hold_out(train, split_seed, notes)
     elif need_train and train_name == eval_name:
         notes.append(f"The evaluation split is the training split itself ({eval_name}), as the flags ask.")
 
@@ -109,11 +122,12 @@ def load_image_splits(
         )
     train_rows, record = None, {}
     if need_train:
-        train_rows, record = apply_rule(train.images, train.labels, train.rows, subset, class_names, cache_dir)
-        untrained = np.setdiff1d(evaluation.labels[eval_rows], train.labels[train_rows])
-        _check_untrained([class_names[index] for index in untrained], subset, notes)
-        train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, seed)]
-    eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, seed)]
+        if not subset.is_empty:
+            note_old_copy(dataset_name, source[train_name].features, notes)
+        train_rows, record = apply_rule(train.labels, train.rows, subset, class_names, train.origin)
+        check_untrained(train.labels[train_rows], evaluation.labels[eval_rows], class_names, subset, notes)
+        train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, split_seed)]
+    eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, split_seed)]
     return ImageSplits(
         train=_finish(train, train_rows, kept, class_names) if need_train else None,
         eval=_finish(evaluation, eval_rows, kept, class_names),
@@ -122,6 +136,8 @@ def load_image_splits(
         eval_split=evaluation.name,
         subset=record,
         notes=notes,
+        train_origin=train.origin.at(train_rows) if need_train else None,
+        eval_origin=evaluation.origin.at(eval_rows),
     )
 
 
@@ -158,14 +174,20 @@ def _load_source(name: str, config_name: str | None, revision: str | None, cache
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[str]]:
-    """Return each split with labels as int64 0..K-1, all splits numbered alike, and the K class names."""
+def _read_splits(
+    source: dict, columns: dict, names: list[str] | None, cache_dir: str | None
+) -> tuple[dict[str, _Split], list[str]]:
+    """Return each split with labels as int64 0..K-1, all splits numbered alike, and the K class names; `names` are those
+    of integer labels that do not say them."""
     values = {name: column_values(source[name], label) for name, (_, label) in columns.items()}
     for name, column in values.items():
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             raise UserError(f"{name} split, row {row}: {columns[name][1]} is empty; every row needs a label")
     features = {name: source[name].features[columns[name][1]] for name in source}
+    if names is not None:
+        named = datasets.ClassLabel(names=names)
+        features = {name: named if pa.types.is_integer(values[name].type) else features[name] for name in source}
     typed = [isinstance(feature, datasets.ClassLabel) for feature in features.values()]
     if all(typed):
         class_names = list(next(iter(features.values())).names)
@@ -180,13 +202,16 @@ def _read_splits(source: dict, columns: dict) -> tuple[dict[str, _Split], list[s
         images = source[name].select_columns([image])
         images = images.rename_column(image, "image") if image != "image" else images
         images = images.cast_column("image", datasets.Image(decode=False))
-        splits[name] = _Split(name, images, labels[name], np.arange(len(labels[name])))
+        rows, table = np.arange(len(labels[name])), None
+        if carries_origin(source[name].features):
+            table = source[name].select_columns(list(SOURCE_COLUMNS)).with_format("arrow")[:]
+        splits[name] = _Split(name, images, labels[name], rows, Origin(rows, table, images, cache_dir))
     return splits, class_names
 
 
-def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Split]:
+def _hold_out(train: _Split, split_seed: int, notes: list[str]) -> tuple[_Split, _Split]:
     """Make an evaluation split of a stratified tenth of the training rows, and say so."""
-    kept, held_out = hold_out(train.labels, HELD_OUT_FRACTION, seed)
+    kept, held_out = hold_out(train.labels, HELD_OUT_FRACTION, split_seed)
     if len(held_out) == 0:
         raise UserError(
             f"the set has no evaluation split, and {len(train.labels)} training rows are too few to hold some out: "
@@ -195,23 +220,12 @@ def _hold_out(train: _Split, seed: int, notes: list[str]) -> tuple[_Split, _Spli
     percent = round(100 * HELD_OUT_FRACTION)
     notes.append(
         f"The set has no labelled evaluation split: {len(held_out)} rows ({percent}% of each class) of "
-        f"{train.name} are held out with seed {seed}."
+        f"{train.name} are held out with --split_seed {split_seed}."
     )
-    rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, seed {seed})", rows=kept)
-    return rest, dataclasses.replace(train, name=f"{train.name} ({percent}% held out, seed {seed})", rows=held_out)
-
-
-def _check_untrained(names: list[str], rule: SubsetRule, notes: list[str]) -> None:
-    """Refuse a subset that evaluates a class it does not train; without a subset, the set itself is like that."""
-    if not names:
-        return
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    if not rule.is_empty:
-        raise UserError(
-            f"the subset {rule.describe()} leaves no training images of evaluation class {shown}: raise "
-            "--subset_fraction or drop the class with --subset_classes"
-        )
-    notes.append(f"The evaluation split has classes without a training image: {shown}.")
+    rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, split seed {split_seed})", rows=kept)
+    return rest, dataclasses.replace(
+        train, name=f"{train.name} ({percent}% held out, split seed {split_seed})", rows=held_out
+    )
 
 
 def _finish(split: _Split, rows: np.ndarray, kept: np.ndarray, class_names: list[str]) -> datasets.Dataset:

@@ -25,8 +25,11 @@ def explained(error: Exception, name: str, path: str, is_folder: bool) -> UserEr
         return UserError(f"{flag}: {_one_line(error)}: choose one with --dataset_config_name")
     if is_folder:
         empty = kinds & {"EmptyDatasetError", "DataFilesNotFoundError"}
-        problem = "no image or parquet files found" if empty else f"cannot be read: {cause}"
-        return UserError(f"{flag}: {problem} (a folder holds one folder of images a class, or parquet files)")
+        problem = "no image, parquet or tar files found" if empty else f"cannot be read: {cause}"
+        return UserError(
+            f"{flag}: {problem} (a folder holds one folder of images a class, parquet files, or tar "
+            "shards of image and class)"
+        )
     if "gated dataset" in text or "GatedRepoError" in kinds:
         return UserError(
             f"{flag}: gated; ask for access at https://huggingface.co/datasets/{path} and log in with `hf auth login`"

@@ -1,7 +1,6 @@
 """The names of sets: which are made here, which are on the Hub, and which split is which."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import datasets
 
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.sets.columns import has_labels
+from vit_hf.data.sets.origin import Origin, carries_origin
 from vit_hf.errors import UserError
 
 GENERATED_SETS = ("digits", "glyphs", "fractal")
@@ -23,8 +23,9 @@ class ImageSplits:
     rows to be read as they are needed.
 
     `train_split` and `eval_split` name the source's splits, or say how a split was made. `subset` is {} or holds
-    `rule`, `subset_hash` (over the rows of the source split) and `train_samples` (rows kept by the rule, before any
-    trial draw). `notes` are sentences that the run should say.
+    `rule`, `subset_hash` (over the numbers of the rows in the source split) and `train_samples` (rows kept by the rule,
+    before any trial draw). `notes` are sentences that the run should say. The origins say where each row of a stored
+    split comes from; None: it is a row of its own number.
     """
 
     train: datasets.Dataset | Rows | None
@@ -34,6 +35,8 @@ class ImageSplits:
     eval_split: str | None
     subset: dict = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    train_origin: Origin | None = None
+    eval_origin: Origin | None = None
 
 
 class Heads(dict):
@@ -55,13 +58,13 @@ def resolve_name(name: str) -> tuple[str, bool]:
     return path, is_folder
 
 
-def named_source(name: str) -> str:
-    """The Hub id of a set, also of one that was copied by `vit-hf data prepare`; any other name as it is."""
-    try:
-        name = json.loads((Path(name).expanduser() / "prepare.json").read_text())["source"]["dataset_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return HUB_SETS.get(name, name)
+def note_old_copy(name: str, features: datasets.Features, notes: list[str]) -> None:
+    """Says of a copy that an earlier version made that its subsets are not those of the original."""
+    if not carries_origin(features) and (Path(name).expanduser() / "prepare.json").is_file():
+        notes.append(
+            f"The copy {name} does not say which images of its source it holds, so its subset and subset_hash differ "
+            "from those of the original; a new copy by `vit-hf data prepare` has the same."
+        )
 
 
 def train_split_name(source: dict, asked: str | None, *, needed: bool) -> str | None:

@@ -2,7 +2,7 @@
 
 Job: rules, class lists, exact row selection, the hash that identifies a selection, and the plain draws: a trial's
 samples, and the rows held out where a set has no evaluation split.
-Must not know: where a set comes from, its splits and column names (sources.py), models, training.
+Must not know: where a set comes from, its splits and column names (load.py), models, training.
 """
 
 import dataclasses
@@ -13,14 +13,11 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 
-import datasets
 import numpy as np
 
 from vit_hf.data.randomness import mix_bits, sample_keys
-from vit_hf.data.rows.table import source_state
+from vit_hf.data.sets.origin import DIGEST_BYTES, Origin
 from vit_hf.errors import UserError
-
-DIGEST_BYTES = 32  # sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +140,12 @@ def select_indices(
     rule: SubsetRule,
     class_names: list[str],
     content_digests: Callable[[np.ndarray], np.ndarray],
+    numbers: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the rows that a rule keeps, ascending int64 (n,): the same rows in whatever order the source has them.
 
     Inside a class, rows are ranked by a hash of their content and the seed, never by position; rows with identical
-    content are interchangeable and ranked by occurrence.
+    content are interchangeable and ranked by their numbers.
 
     Args:
         labels: int (N,), each in 0..K-1.
@@ -155,6 +153,7 @@ def select_indices(
         class_names: the K names, in the source's order.
         content_digests: called with rows (M,), returns uint8 (M, 32), a digest of each row's image; only called when
             the rule needs a ranking, because it reads every one of these images.
+        numbers: int (N,), the number of each row in the original set; None where that is its position.
 
     Raises:
         UserError: an unknown class, or a class with fewer rows than `per_class`.
@@ -176,7 +175,8 @@ def select_indices(
                 f"--subset_per_class {rule.per_class}: class {class_names[index]!r} has {counts[index]} training "
                 f"images, so no more of each class can be kept"
             )
-    ranks = _ranks_within_class(labels[rows], *_content_keys(content_digests(rows), rule.seed))
+    keys = [*_content_keys(content_digests(rows), rule.seed), rows if numbers is None else numbers[rows]]
+    ranks = _ranks_within_class(labels[rows], *keys)
     return rows[ranks < quotas[labels[rows]]]
 
 
@@ -202,95 +202,53 @@ def _ranks_within_class(labels: np.ndarray, *keys: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def image_digests(dataset: datasets.Dataset, rows: np.ndarray, cache_dir: str | None = None) -> np.ndarray:
-    """Return the sha256 of each row's encoded image bytes, uint8 (M, 32), in the order of `rows`.
-
-    A row that holds only a path is represented by the bytes of that file, not by its name, so that a set gives the
-    same digests wherever its folder lies and whether or not it was packed into parquet. Every byte is read once, in
-    small batches; the digests (32 bytes a row) are then kept in the datasets cache, keyed by the source's identity.
-
-    Args:
-        dataset: has a column `image` of type Image(decode=False).
-        rows: int (M,).
-        cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
-
-    Raises:
-        UserError: an image has neither bytes nor a readable file.
-    """
-    images = dataset.select_columns(["image"])
-    if len(rows) != len(images):
-        images = images.select(rows)
-    key = hashlib.sha256("\n".join(source_state(images)).encode()).hexdigest()[:32]
-    folder = os.path.join(str(cache_dir or datasets.config.HF_DATASETS_CACHE), "vit_hf_image_digests")
-    os.makedirs(folder, exist_ok=True)
-    digests = images.with_format("arrow").map(
-        _digest_batch,
-        batched=True,
-        batch_size=64,
-        remove_columns=["image"],
-        features=datasets.Features({"digest": datasets.Value("binary")}),
-        cache_file_name=os.path.join(folder, f"{key}.arrow"),
-        load_from_cache_file=True,
-        desc="Hashing images for the subset",
-    )
-    content = b"".join(digests.with_format("arrow")[:]["digest"].to_pylist())
-    return np.frombuffer(content, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-def _digest_batch(table) -> dict:
-    digests = []
-    for image in table["image"].to_pylist():
-        content = (image or {}).get("bytes")
-        if content is None:
-            content = _file_bytes((image or {}).get("path"))
-        digests.append(hashlib.sha256(content).digest())
-    return {"digest": digests}
-
-
-def _file_bytes(path: str | None) -> bytes:
-    try:
-        with open(path or "", "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(
-            f"the subset filter cannot read the image file {path!r} ({error.strerror}): restore the file, or load the "
-            "set again with --dataset_name"
-        ) from None
-
-
 def subset_hash(rows: np.ndarray) -> str:
-    """Return the sha256 (hex) of the chosen row indices, ascending, as little-endian int64."""
+    """Return the sha256 (hex) of the chosen rows' numbers, ascending, as little-endian int64."""
     return hashlib.sha256(np.sort(rows).astype("<i8").tobytes()).hexdigest()
 
 
 def apply_rule(
-    images: datasets.Dataset,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    rule: SubsetRule,
-    class_names: list[str],
-    cache_dir: str | None = None,
+    labels: np.ndarray, rows: np.ndarray, rule: SubsetRule, class_names: list[str], origin: Origin
 ) -> tuple[np.ndarray, dict]:
     """Narrow `rows` to the rule: returns ascending rows and the record {rule, subset_hash, train_samples}.
 
+    The images and the hash are the same for a set, its copy by `vit-hf data prepare`, and a stream of that copy.
+
     Args:
-        images: the source split, with a column `image` of type Image(decode=False); N rows.
         labels: int (N,), each in 0..K-1.
-        rows: ascending int (n,), the source rows to choose from.
-        rule, class_names, cache_dir: as for `select_indices` and `image_digests`.
+        rows: ascending int (n,), the rows of the split to choose from.
+        rule, class_names: as for `select_indices`.
+        origin: of all N rows.
 
     Raises:
         UserError: as `select_indices`; no row is left.
     """
     if rule.is_empty:
         return rows, {}
+    numbers = origin.at(rows).numbers()
     chosen = select_indices(
-        labels[rows], rule, class_names, lambda positions: image_digests(images, rows[positions], cache_dir)
+        labels[rows], rule, class_names, lambda positions: origin.at(rows[positions]).digests(), numbers
     )
     if len(chosen) == 0:
         raise UserError(f"the subset {rule.describe()} keeps zero training samples: raise --subset_fraction")
-    chosen = rows[chosen]
-    return chosen, {"rule": rule.describe(), "subset_hash": subset_hash(chosen), "train_samples": len(chosen)}
+    record = {"rule": rule.describe(), "subset_hash": subset_hash(numbers[chosen]), "train_samples": len(chosen)}
+    return rows[chosen], record
+
+
+def check_untrained(
+    train_labels: np.ndarray, eval_labels: np.ndarray, class_names: list[str], rule: SubsetRule, notes: list[str]
+) -> None:
+    """Refuse a subset that evaluates a class it does not train; without a subset, the set itself is like that."""
+    names = [class_names[index] for index in np.setdiff1d(eval_labels, train_labels)]
+    if not names:
+        return
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    if not rule.is_empty:
+        raise UserError(
+            f"the subset {rule.describe()} leaves no training images of evaluation class {shown}: raise "
+            "--subset_fraction or drop the class with --subset_classes"
+        )
+    notes.append(f"The evaluation split has classes without a training image: {shown}.")
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
