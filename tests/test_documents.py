@@ -103,6 +103,8 @@ def test_documented_command(words):
         parse(ShowArguments, words[3:], prog="show")
     elif words[:3] == ["vit-hf", "data", "cache"]:
         parse(CacheArguments, words[3:], prog="cache")
+    elif words[:3] == ["vit-hf", "data", "bench"]:
+        parse(RunArguments, words[3:], prog="bench")
     elif words[:2] == ["vit-hf", "report"]:
         assert len(words) > 2 and {word for word in words if word.startswith("--")} <= {"--output_dir"}
     elif words[:2] == ["vit-hf", "models"]:
@@ -121,7 +123,7 @@ def test_flags_in_the_docs_exist():
     classes = (CacheArguments, RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
-                "--main_process_port", "--mixed_precision", "--index-url", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices"}  # fmt: skip
+                "--main_process_port", "--mixed_precision", "--index-url", "--shm-size", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices"}  # fmt: skip
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
             assert flag in known | launcher, f"{page.name}: {flag}"

@@ -192,7 +192,12 @@ class TrainArguments:
     save_total_limit: int | None = flag(None, "keep only the newest so many checkpoints", low=1, same_run=True)
     resume_from_checkpoint: str = flag("auto", "auto, none, or the path of a checkpoint", same_run=True)
     report_to: str = flag("none", "tensorboard, wandb, trackio (several by comma) or none", same_run=True)
-    ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1, same_run=True)
+    ddp_timeout: int = flag(
+        1800,
+        "seconds a process waits for the others, but for one that loads or decodes a set: as long as it lives",
+        low=1,
+        same_run=True,
+    )
     dry_run: bool = flag(False, "print what would be run, and stop", same_run=True)
 
 
@@ -223,7 +228,11 @@ class EvaluateArguments(DatasetArguments, LoadingArguments, PreprocessingArgumen
     split_seed: int | None = flag(
         None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
     )
-    ddp_timeout: int = flag(1800, "seconds a process waits for the others", low=1)
+    ddp_timeout: int = flag(
+        1800,
+        "seconds a process waits for the others, but for one that loads or decodes a set: as long as it lives",
+        low=1,
+    )
 
 
 @dataclass

@@ -13,8 +13,8 @@ commands:
   convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
   figures MODEL [--images FILE ...]    filters, positions, attention, saliency and features, as pictures and a page
-  data prepare | show | cache ...      a copy of a set with smaller images; a picture of what training makes of them; the
-                                       sets that are kept decoded
+  data prepare | show | bench | cache  a smaller copy of a set; a picture of what training makes of it; how fast it comes;
+                                       the sets that are kept decoded
   report RUN [RUN ...]                 runs side by side, finished or not: a table and their curves, as HTML and more
   study FILE                           a grid of runs that answers questions, and the report of what came of them
 

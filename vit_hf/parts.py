@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import accelerate
 import datasets
@@ -27,6 +27,7 @@ from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
 from vit_hf.data.cache import sampled_sizes
+from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
 from vit_hf.data.order import StepPlan
@@ -42,8 +43,7 @@ from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.ema import EMA
 from vit_hf.training.optimizer import make_optimizer, parameter_groups
 from vit_hf.training.schedule import BatchPlan, Schedule
-
-T = TypeVar("T")
+from vit_hf.training.waiting import machine_first, main_process_first
 
 
 def start(args: Any) -> accelerate.Accelerator:
@@ -78,35 +78,10 @@ def model_errors(args: Any) -> Iterator[None]:
         raise
 
 
-def main_process_first(accelerator: accelerate.Accelerator, function: Callable[[], T]) -> T:
-    """Calls a function on the main process, then on the others, which find its caches. A user's error on the main
-    process ends all of them alike, instead of leaving the others to wait for a process that is gone."""
-    outcome: list[Any] = [None]
-    result = None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except UserError as error:
-            outcome = [error.with_traceback(None)]
-    error = accelerate.utils.broadcast_object_list(outcome)[0]
-    if error is not None:
-        raise error
-    return result if accelerator.is_main_process else function()
-
-
 def image_sizes_of(rows: Rows, accelerator: accelerate.Accelerator) -> list[tuple[int, int]]:
     """(height, width) of some images, the same on all processes: the main process looks; a user's error there ends all
     alike."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = sampled_sizes(rows)
-        except UserError as error:
-            outcome[1] = error.with_traceback(None)
-    sizes, error = accelerate.utils.broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return sizes
+    return main_process_first(accelerator, functools.partial(sampled_sizes, rows), "looking at the images' sizes")
 
 
 def splits_loader(args: Any) -> Callable[..., ImageSplits]:
@@ -124,8 +99,10 @@ def splits_loader(args: Any) -> Callable[..., ImageSplits]:
 
 
 def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
-    """The two splits, on every process; the main process downloads or generates first."""
-    splits = main_process_first(accelerator, functools.partial(splits_loader(args), streaming=args.streaming))
+    """The two splits, on every process; the main process downloads, scans or generates, and the others open what it
+    has made."""
+    load = functools.partial(splits_loader(args), streaming=args.streaming)
+    splits = main_process_first(accelerator, load, f"loading {args.dataset_name}")
     for note in splits.notes:
         accelerator.print(f"note: {note}")
     return splits
@@ -208,9 +185,10 @@ def make_train_batches(
     first_step: int,
     accelerator: accelerate.Accelerator,
     faults: Faults,
-) -> tuple[Iterator[dict[str, torch.Tensor]], bool]:
+) -> tuple[DeviceBatches, bool]:
     """The micro-batches of this process from `first_step` on, and whether the crop is left to the device."""
-    batches, crops_on_device = train_batches(
+    make = functools.partial(
+        train_batches,
         rows,
         preprocessing,
         StepPlan(
@@ -228,7 +206,7 @@ def make_train_batches(
         crop=parse_random_crop(args.random_crop),
         say=accelerator.print,
     )
-    return iter(batches), crops_on_device
+    return machine_first(accelerator, make, "decoding the training images")
 
 
 def make_augment(
@@ -284,7 +262,8 @@ def make_evaluate(
     keep: bool = True,
 ) -> Callable[[], dict[str, float]]:
     """A function that evaluates the model as it then is; `class_index` and `keep` are those of `eval_batches`."""
-    batches = eval_batches(
+    make = functools.partial(
+        eval_batches,
         rows,
         preprocessing,
         accelerator.device,
@@ -296,6 +275,7 @@ def make_evaluate(
         keep=keep,
         say=accelerator.print,
     )
+    batches = machine_first(accelerator, make, "decoding the evaluation images")
     mean = torch.tensor(preprocessing.image_mean, device=accelerator.device)
     std = torch.tensor(preprocessing.image_std, device=accelerator.device)
     return lambda: evaluate_model(engine, batches, functools.partial(normalise, mean=mean, std=std), accelerator)

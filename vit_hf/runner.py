@@ -23,6 +23,7 @@ from vit_hf.arguments import RunArguments, identity, saved_identity, write_run_c
 from vit_hf.data.faults import DataReport
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.names import ImageSplits
+from vit_hf.data.starved import StarvedNote
 from vit_hf.errors import UserError
 from vit_hf.hub.card import write_card
 from vit_hf.hub.export import full_fp32_state_dict, save_model, write_json
@@ -139,10 +140,22 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
     batches, crops_on_device = make_train_batches(
         args, splits.rows("train"), preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
+    starved = StarvedNote(
+        None if batches.batches.decoded is not None else batches.loader.num_workers,
+        accelerator.num_processes,
+        say=accelerator.print,
+        record=functools.partial(append_event, output_dir) if accelerator.is_main_process else None,
+    )
+
+    def extra_metrics(speed: dict[str, float]) -> dict[str, int]:
+        starved.look(speed["images_per_second"], speed["data_wait_fraction"])
+        return report.collect()
+
+    stream = iter(batches)
     try:
         train(
             state,
-            batches,
+            stream,
             plan=plan,
             schedule=schedule,
             settings=LoopSettings(
@@ -167,14 +180,14 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             ),
             objective=soft_cross_entropy,
             evaluate=make_evaluate(args, state.engine, splits.rows("eval"), preprocessing, accelerator, report.eval),
-            extra_metrics=report.collect,
+            extra_metrics=extra_metrics,
             mfu_scale=mfu_scale(accelerator, flops_per_image),
             training_flops_per_image=flops_per_image,
             draw=draw,
             first_step=manifest.get("step", 0),
         )
     finally:
-        batches.close()
+        stream.close()
     export(args, state, preprocessing, resolved, report.collect(), name, start_time)
 
 

@@ -1,4 +1,4 @@
-"""`vit-hf data`: a smaller copy of a set; what training makes of its images; the sets that are kept decoded."""
+"""`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come; what is kept decoded."""
 
 import sys
 from pathlib import Path
@@ -21,12 +21,15 @@ USAGE = """usage: vit-hf data COMMAND ...
 commands:
   prepare --dataset_name NAME --output_dir DIR   a copy of a set with smaller images, as parquet shards
   show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
+  bench --config RECIPE                          images a second of the loader alone, on this machine
   cache [--clear] [--dataset_name NAME]          the sets that are kept decoded, or their end"""
 
 
 def main(argv: list[str]) -> None:
-    """Copies a set with smaller images, shows what training makes of one, or lists and clears what is kept decoded."""
-    commands = {"prepare": prepare, "show": show, "cache": cache}
+    """Runs one of the commands for sets."""
+    from vit_hf.commands.data_bench import bench
+
+    commands = {"prepare": prepare, "show": show, "bench": bench, "cache": cache}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return

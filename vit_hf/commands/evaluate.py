@@ -23,8 +23,9 @@ def main(argv: list[str]) -> None:
     from vit_hf.hub.export import write_json
     from vit_hf.models.configuration_vit import pair
     from vit_hf.models.presets import load_pretrained
-    from vit_hf.parts import image_sizes_of, main_process_first, make_evaluate, make_preprocessing, model_errors, start
+    from vit_hf.parts import image_sizes_of, make_evaluate, make_preprocessing, model_errors, start
     from vit_hf.training.accelerator import end
+    from vit_hf.training.waiting import main_process_first
 
     accelerator = start(args)
     with model_errors(args):
@@ -46,9 +47,11 @@ def main(argv: list[str]) -> None:
         streaming=args.streaming,
     )
     known = list(model.config.id2label.values())
-    splits = main_process_first(accelerator, load)
+    doing = f"loading {args.dataset_name}"
+    splits = main_process_first(accelerator, load, doing)
     if len(known) < len(splits.class_names) and set(known) < set(splits.class_names):  # trained with --subset_classes
-        splits = main_process_first(accelerator, functools.partial(load, subset=SubsetRule(classes=known)))
+        load = functools.partial(load, subset=SubsetRule(classes=known))
+        splits = main_process_first(accelerator, load, doing)
         accelerator.print(f"note: the model knows {len(known)} of the classes; only their images are evaluated")
     class_index = match_classes(splits.class_names, known)
     if class_index is None:

@@ -1,13 +1,12 @@
 """The way of micro-batches to the device: worker processes, pinned memory, and a thread that copies ahead."""
 
 import atexit
-import ctypes
 import queue
-import signal
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -15,20 +14,20 @@ from torch import Tensor
 
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.faults import Faults
+from vit_hf.data.machine import PREFETCHED
 from vit_hf.data.resize import resizing
+from vit_hf.data.workers import (
+    SILENT_SECONDS,
+    explain_deaths,
+    failure,
+    no_room,
+    set_up_worker,
+    through_pipe,
+    through_shared_memory,
+)
 from vit_hf.errors import UserError
 
 AHEAD = 2  # micro-batches that wait on the device
-
-
-def _in_worker(worker: int) -> None:
-    """Launchers, clusters and Ctrl-C signal a whole process group; the parent still needs its batches for the step at
-    hand, saves, and then ends its workers. One that is killed takes them along."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 _OPEN: "weakref.WeakSet[DeviceBatches]" = weakref.WeakSet()
@@ -41,6 +40,17 @@ def _end_workers() -> None:
         loader.close()
 
 
+def _workers() -> list[BaseProcess]:
+    """All workers that have been started and not been closed."""
+    iterators = [loader.loader._iterator for loader in list(_OPEN)]
+    return [worker for iterator in iterators if iterator is not None for worker in iterator._workers]
+
+
+def promised_bytes() -> int:
+    """The shared memory that the loaders of this process may take."""
+    return sum(loader.needed_bytes for loader in list(_OPEN) if loader.shared)
+
+
 class DeviceBatches:
     """The micro-batches of an order, on the device, as the model's input: pixel_values uint8 (B, C, H, W), labels int64, valid bool (B,); visit
     and index stay on the host. Each `iter` starts at the first one.
@@ -51,10 +61,12 @@ class DeviceBatches:
         ahead: micro-batches that a thread keeps waiting on the device, copied while it computes. Default: AHEAD, but
             none on a CPU, where there is no copy to hide and a thread would only take turns with the training.
         pieces: items of the order that are one micro-batch together, each made by another worker.
+        needed_bytes: shared memory that the micro-batches of the workers take.
+        shared: False sends them through a pipe, which needs none.
 
     Raises:
         UserError: when a batch is taken: a row that does not decode, where bad images are not skipped, or cannot be
-            read.
+            read; a worker that died, or is silent; no shared memory at all.
     """
 
     def __init__(
@@ -66,6 +78,8 @@ class DeviceBatches:
         faults: Faults,
         ahead: int | None = None,
         pieces: int = 1,
+        needed_bytes: int = 0,
+        shared: bool = True,
     ):
         if device.type == "cuda" and device.index is None:  # accelerate's, of a single process
             device = torch.device("cuda", torch.cuda.current_device())
@@ -77,16 +91,21 @@ class DeviceBatches:
             num_workers = 0
             if batches.decoded.native:
                 self.resize = resizing(batches.decoded.size, batches.preprocessing, device)
+        self.needed_bytes, self.shared = needed_bytes, shared and num_workers > 0
+        send = through_shared_memory if shared else through_pipe
         self.loader = torch.utils.data.DataLoader(
             batches,
             batch_size=None,  # an item is a whole micro-batch, or a worker's piece of it
             sampler=order,
             num_workers=num_workers,
-            prefetch_factor=2 * pieces if num_workers else None,  # two micro-batches a worker, however they are cut
             persistent_workers=num_workers > 0,  # evaluation comes again and again
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or else it would draw from the one that dropout uses
-            worker_init_fn=_in_worker,
+            worker_init_fn=set_up_worker,
+            # so many micro-batches a worker, however they are cut
+            prefetch_factor=PREFETCHED * pieces if num_workers else None,
+            collate_fn=send if num_workers else None,
+            timeout=SILENT_SECONDS if num_workers else 0,
         )
         _OPEN.add(self)
 
@@ -99,7 +118,13 @@ class DeviceBatches:
                 worker.kill()  # one that did not come to an end in time
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        loader = iter(self.loader)  # workers are started by this thread: they end with the one that started them
+        try:
+            loader = iter(self.loader)  # workers are started by this thread: they end with the one that started them
+        except OSError as error:
+            if (line := no_room(error, self.needed_bytes)) is None:
+                raise
+            raise line from None
+        explain_deaths(_workers)
         host = zip(*[loader] * self.pieces)
         try:
             for batch, copied in self._prefetched(host) if self.ahead else map(self._join, host):
@@ -110,13 +135,10 @@ class DeviceBatches:
                     for name in ("pixel_values", "labels", "valid"):
                         batch[name].record_stream(stream)
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if (line := failure(error, _workers())) is None:
                 raise
-            raise UserError(
-                "a worker process that decodes images was killed, as a system does that is out of memory: lower "
-                "--dataloader_num_workers"
-            ) from None
+            raise line from None
 
     def _prefetched(self, host: Iterator[tuple[dict[str, Any], ...]]) -> Iterator[tuple[dict[str, Any], Any]]:
         """What `_join` gives for each batch of the host, worked on ahead by a thread."""

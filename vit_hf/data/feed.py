@@ -3,9 +3,9 @@
 This is all that a run calls once it has rows. It must not know models or training.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ import torch
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import NotKept, decoded, worth_decoding
-from vit_hf.data.device import DeviceBatches
+from vit_hf.data.device import DeviceBatches, promised_bytes
 from vit_hf.data.faults import Faults
-from vit_hf.data.machine import usable_cores
+from vit_hf.data.machine import SHARED_MEMORY, processes_here, shared_memory_free, shared_memory_needed, usable_cores
 from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder, stream_shape
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.interface import Rows
@@ -48,8 +48,37 @@ def workers_per_process(asked: int | None, num_processes: int) -> int:
     for, or this process's share of the machine's cores, at most 16."""
     if asked is not None:
         return asked
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    return min(16, max(1, usable_cores() // on_this_machine))
+    return min(16, max(1, usable_cores() // processes_here(num_processes)))
+
+
+def to_device(
+    batches: ImageBatches,
+    order: Any,
+    device: torch.device,
+    faults: Faults,
+    *,
+    batch_size: int,
+    num_workers: int,
+    num_processes: int,
+    say: Callable[[str], None],
+    pieces: int = 1,
+) -> DeviceBatches:
+    """The micro-batches of an order on the device. Workers send them through shared memory where this process's share
+    of what is free holds them, beside those of its other loaders; else through a pipe."""
+    workers = 0 if batches.decoded is not None else num_workers
+    height, width = batches.preprocessing.image_size
+    needed = shared_memory_needed(batch_size * height * width * 3, workers)
+    free = shared_memory_free()
+    shared = free is None or needed == 0 or needed + promised_bytes() <= free // processes_here(num_processes)
+    if not shared:
+        here = processes_here(num_processes)
+        each = f" in each of {here} processes" if here > 1 else ""
+        say(
+            f"note: {'training' if batches.training else 'evaluation'} images take up to {needed / 1e6:.1f} MB of shared "
+            f"memory{each}, and {free / 1e6:.1f} MB are free in "
+            f"{SHARED_MEMORY}: the {workers} workers send theirs through a pipe (more shared memory: docker's --shm-size)"
+        )
+    return DeviceBatches(batches, order, device, workers, faults, pieces=pieces, needed_bytes=needed, shared=shared)
 
 
 def open_batches(
@@ -134,7 +163,18 @@ def train_batches(
         say(f"images: decoded once, {width} x {height} pixels, {batches.decoded.nbytes / 1e6:.0f} MB {where}")
     else:
         say(f"images: read and decoded batch by batch, {workers} workers a process{how}")
-    return DeviceBatches(batches, order, device, workers, faults, pieces=pieces), batches.crop.kind == "none"
+    loader = to_device(
+        batches,
+        order,
+        device,
+        faults,
+        batch_size=plan.micro_batch_size,
+        num_workers=workers,
+        num_processes=plan.num_processes,
+        pieces=pieces,
+        say=say,
+    )
+    return loader, batches.crop.kind == "none"
 
 
 def eval_batches(
@@ -166,4 +206,13 @@ def eval_batches(
         batch_size=settings.eval_batch_size,
         num_workers=workers,
     )
-    return DeviceBatches(batches, order, device, workers, faults)
+    return to_device(
+        batches,
+        order,
+        device,
+        faults,
+        batch_size=order.batch_size,
+        num_workers=workers,
+        num_processes=num_processes,
+        say=say,
+    )

@@ -49,7 +49,7 @@ def train(
     augment: Callable[[Batch, int, int, int], tuple[Tensor, Tensor]],
     objective: Callable[[torch.nn.Module, Tensor, Tensor], Tensor],
     evaluate: Callable[[], dict[str, float]],
-    extra_metrics: Callable[[], dict[str, Any]] = dict,
+    extra_metrics: Callable[[dict[str, float]], dict[str, Any]] = lambda speed: {},
     mfu_scale: float | None = None,
     training_flops_per_image: float | None = None,
     draw: Callable[[int], dict[str, np.ndarray]] | None = None,
@@ -62,7 +62,7 @@ def train(
         augment: (batch, step, micro_step, rank) -> pixel_values float (B, C, H, W), targets float (B, K).
         objective: (model, pixel_values, targets) -> mean loss.
         evaluate: called on all processes; its numbers make a line of metrics.jsonl.
-        extra_metrics: more numbers for each log line.
+        extra_metrics: more numbers for each log line; handed what its window measured of the speed.
         mfu_scale: model FLOPs utilisation for each image a second, where it is known.
         training_flops_per_image: operations of an image's forward and backward pass, where they are known.
         draw: given to the process that draws; called with the step, gives pictures uint8 (H, W, 3) by name, and leaves the
@@ -124,7 +124,7 @@ def train(
                         **speed,
                         "peak_memory_bytes": peak_memory_bytes(device),
                         **_spent(done, plan, settings, training_flops_per_image),
-                        **extra_metrics(),
+                        **extra_metrics(speed),
                     }
                 )
                 window_loss.zero_()

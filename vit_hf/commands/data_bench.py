@@ -1,0 +1,101 @@
+"""`vit-hf data bench`: how many images a second the loader of a recipe gives on this machine, without a model."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vit_hf.arguments import (
+    RunArguments,
+    check_augmentation,
+    check_subset,
+    parse,
+    parse_image_size,
+    parse_num_workers,
+    parse_random_crop,
+)
+from vit_hf.commands.data import model_image_size, model_preprocessing
+from vit_hf.errors import ArgumentError
+
+SECONDS = 8.0  # of each of the two measurements
+MOST_IMAGES = 256  # of a micro-batch: more of them at once are no faster
+
+
+def bench(argv: list[str]) -> None:
+    """Measures images a second of a recipe's training batches on this machine, with one process and no model: the loader
+    alone, and with the augmentation on the device."""
+    args = parse(RunArguments, argv, prog="vit-hf data bench", description=bench.__doc__)
+    if args.dataset_name is None:
+        raise ArgumentError("--dataset_name is missing")
+    check_subset(args)
+    check_augmentation(args)
+    parse_num_workers(args.dataloader_num_workers)
+    import functools
+
+    import torch
+
+    from vit_hf.data.cache import sampled_sizes
+    from vit_hf.data.faults import Faults
+    from vit_hf.data.feed import train_batches
+    from vit_hf.data.machine import AT_HAND, PREFETCHED, usable_cores
+    from vit_hf.data.order import StepPlan
+    from vit_hf.parts import loading_settings, make_augment, make_preprocessing, model_errors, splits_loader
+    from vit_hf.training.accelerator import keep_freed_memory
+
+    keep_freed_memory()  # as a run does
+
+    with model_errors(args):
+        size = parse_image_size(args.image_size) or model_image_size(args)
+        own = model_preprocessing(args, size)
+    splits = splits_loader(args)(streaming=args.streaming)
+    rows = splits.rows("train")
+    preprocessing = make_preprocessing(args, size, own, functools.partial(sampled_sizes, rows))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    micro_batch = min(args.per_device_train_batch_size or args.global_batch_size, MOST_IMAGES)
+    endless = StepPlan(args.seed, 0, 1 << 40, num_processes=1, rank=0, micro_batch_size=micro_batch, accumulation=1)
+    batches, crops_on_device = train_batches(
+        rows,
+        preprocessing,
+        endless,
+        device,
+        loading_settings(args),
+        Faults(),
+        crop=parse_random_crop(args.random_crop),
+    )
+    augment = make_augment(
+        args, preprocessing, len(splits.class_names), device, crops_on_device, first_step_of=lambda epoch: 1 + epoch
+    )  # all is measured at step 0, where mixing is still on
+    workers = batches.loader.num_workers
+    ahead = PREFETCHED * workers + AT_HAND  # these were made while nobody waited
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    stream = iter(batches)
+    try:
+        alone = images_per_second(stream, lambda batch: None, finish, ahead)
+        augmented = images_per_second(stream, lambda batch: augment(batch, 0, 0, 0), finish, 1)
+    finally:
+        stream.close()
+        batches.close()
+    each = f", {alone / workers:,.0f} a worker" if workers else ""
+    print(f"on: {usable_cores()} cores, {device.type}; batches of {micro_batch} images, {splits.train_split}")
+    print(f"loader alone: {alone:,.0f} images/s{each}")
+    print(f"with the augmentation on the {device.type}: {augmented:,.0f} images/s")
+
+
+def images_per_second(
+    batches: Iterator[dict[str, Any]], use: Callable[[dict[str, Any]], Any], finish: Callable[[], None], ahead: int
+) -> float:
+    """How fast batches come and are used, over SECONDS, at least one batch.
+
+    Args:
+        finish: waits for the device.
+        ahead: batches that are left out of the measurement first.
+    """
+    for _ in range(ahead):
+        use(next(batches))
+    finish()
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < SECONDS:
+        batch = next(batches)
+        use(batch)
+        count += len(batch["labels"])
+    finish()
+    return count / (time.perf_counter() - start)
