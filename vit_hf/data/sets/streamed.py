@@ -1,15 +1,18 @@
 """A set that is read while it is trained on: parquet shards, or fractals that are computed as they are needed."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
+from vit_hf.data.rows.interface import LazyRows
 from vit_hf.data.rows.parquet import ParquetRows, head, light_columns, parquet_splits
 from vit_hf.data.sets.columns import NO_LABEL, checked_labels, find_columns, renumbered
 from vit_hf.data.sets.fractals import FractalRows, num_images, parse_options
-from vit_hf.data.sets.fractals import class_names as fractal_class_names
+from vit_hf.data.sets.fractals import class_names as class_names_of
 from vit_hf.data.sets.load_errors import explained
 from vit_hf.data.sets.names import (
     GENERATED_SETS,
@@ -37,78 +40,115 @@ LOOKED_AT = 8  # row groups
 FEW = 2 / 3  # of the classes that they would hold in random order; by chance alone a group hardly falls below 0.9
 
 
+@dataclasses.dataclass
+class _Stream:
+    """A set of which nothing but names and sizes is read yet.
+
+    Args:
+        heads: split name -> something that has a length and, of a stored set, features.
+        open: split name -> its rows.
+        knows_origin: whether it is a copy that says where its rows come from.
+    """
+
+    heads: dict
+    class_names: list[str]
+    train_name: str | None
+    eval_name: str
+    open: Callable[[str], LazyRows]
+    knows_origin: bool = False
+
+
 def load_streamed(
     name, config_name, revision, image_column, label_column, train_split, eval_split,
     subset, max_train_samples, max_eval_samples, split_seed, need_train, cache_dir,
 ) -> ImageSplits:  # fmt: skip
     """As `load_image_splits`, with rows that are read when they are needed."""
     notes: list[str] = []
-    origin_known = False
     if name == "fractal":
-        options = parse_options(config_name)
-        class_names = fractal_class_names(options)
-        heads = {
-            split: range(num_images(options, split)) for split in ("train", "test")
-        }  # their lengths are asked for
-        train_name = train_split_name(heads, train_split, needed=need_train)
-        eval_name = eval_split or "test"
-        if eval_name not in heads:
-            raise UserError(f"--eval_split {eval_name}: no such split; splits: {listed_splits(heads)}")
-        open_split = functools.partial(FractalRows, options)
+        stream = _fractals(config_name, train_split, eval_split, need_train)
     else:
         shards, features = _find_shards(name, config_name, revision, cache_dir)
-        heads = Heads({split: head(files, features) for split, files in shards.items()})
-        train_name = train_split_name(heads, train_split, needed=need_train)
-        eval_name = eval_split_name(heads, eval_split, train_name, label_column, notes)
-        if eval_name is None:
-            raise UserError("--streaming: no part of a stream is held out; name a split to evaluate by --eval_split")
-        columns = {
-            split: find_columns(heads[split], split, image_column, label_column)
-            for split in (train_name, eval_name)
-            if split
-        }
-        kinds = {split: heads[split].features[label] for split, (_, label) in columns.items()}
-        if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
-            raise UserError(
-                "--streaming: the label column names no classes, which would be known only when all of it was read; "
-                "`vit-hf data prepare` writes a copy that names them"
-            )
-        class_names = list(next(iter(kinds.values())).names)
-        origin_known = all(carries_origin(heads[split].features) for split in columns)
-
-        def open_split(split: str) -> ParquetRows:
-            rows = ParquetRows(shards[split], *columns[split], kinds[split].names)
-            rows.renumber(renumbered(kinds[split].names, class_names, split))
-            return rows
-
-    if not origin_known and (subset.per_class is not None or subset.classes is not None):
+        columns = (image_column, label_column)
+        stream = _shards(shards, features, columns, train_split, eval_split, need_train, notes)
+    if not stream.knows_origin and (subset.per_class is not None or subset.classes is not None):
         raise UserError(
             "--streaming: a subset of classes or by class (--subset_classes, --subset_per_class, or a model of fewer "
             "classes) would have to read all labels first; allowed is --subset_fraction, or a copy by `vit-hf data prepare`"
         )
-    train, evaluation, record = open_split(train_name) if need_train else None, open_split(eval_name), {}
-    if isinstance(train, ParquetRows) and not origin_known:  # a copy has its rows in random order
-        notes += _sorted_rows(train, train_name, name)
-    if not subset.is_empty and origin_known:
+    train, evaluation = stream.open(stream.train_name) if need_train else None, stream.open(stream.eval_name)
+    if isinstance(train, ParquetRows) and not stream.knows_origin:  # a copy has its rows in random order
+        notes += _sorted_rows(train, stream.train_name, name)
+    class_names, record = stream.class_names, {}
+    if not subset.is_empty and stream.knows_origin:
         class_names, record = _narrow(train, evaluation, class_names, subset, notes)
     elif not subset.is_empty and need_train:
-        kept = keep_fraction(len(train), subset.fraction, subset.seed)
-        record = {"rule": subset.describe(), "subset_hash": subset_hash(kept), "train_samples": len(kept)}
-        train.keep(kept)
-        notes.append(
-            "--streaming: --subset_fraction keeps rows by a hash of their numbers, without reading them: other images "
-            "than without --streaming; a copy by `vit-hf data prepare` has the same both ways."
-        )
-        if isinstance(heads, Heads):
-            note_old_copy(name, heads[train_name].features, notes)
+        record = _keep_fraction(train, subset, notes)
+        if isinstance(train, ParquetRows):
+            note_old_copy(name, stream.heads[stream.train_name].features, notes)
     if need_train:
         train.keep(draw_samples(len(train), max_train_samples, split_seed))
         if len(train) == 0:
-            raise UserError(f"--train_split {train_name}: zero training samples; splits: {listed_splits(heads)}")
-    evaluation.source_name = (name, eval_name)
+            listed = listed_splits(stream.heads)
+            raise UserError(f"--train_split {stream.train_name}: zero training samples; splits: {listed}")
+    evaluation.source_name = (name, stream.eval_name)
     evaluation.keep(draw_samples(len(evaluation), max_eval_samples, split_seed))
-    train_name = train_name if need_train else None
-    return ImageSplits(train, evaluation, class_names, train_name, eval_name, record, notes)
+    train_name = stream.train_name if need_train else None
+    return ImageSplits(train, evaluation, class_names, train_name, stream.eval_name, record, notes)
+
+
+def _fractals(config_name: str | None, train_split: str | None, eval_split: str | None, need_train: bool) -> _Stream:
+    options = parse_options(config_name)
+    heads = {split: range(num_images(options, split)) for split in ("train", "test")}  # their lengths are asked for
+    eval_name = eval_split or "test"
+    if eval_name not in heads:
+        raise UserError(f"--eval_split {eval_name}: no such split; splits: {listed_splits(heads)}")
+    train_name = train_split_name(heads, train_split, needed=need_train)
+    return _Stream(heads, class_names_of(options), train_name, eval_name, functools.partial(FractalRows, options))
+
+
+def _shards(
+    shards: dict[str, list[str]],
+    features: datasets.Features | None,
+    asked_columns: tuple[str | None, str | None],
+    train_split: str | None,
+    eval_split: str | None,
+    need_train: bool,
+    notes: list[str],
+) -> _Stream:
+    """A set of parquet shards, of which the first rows are read."""
+    heads = Heads({split: head(files, features) for split, files in shards.items()})
+    train_name = train_split_name(heads, train_split, needed=need_train)
+    eval_name = eval_split_name(heads, eval_split, train_name, asked_columns[1], notes)
+    if eval_name is None:
+        raise UserError("--streaming: no part of a stream is held out; name a split to evaluate by --eval_split")
+    named = [split for split in (train_name, eval_name) if split]
+    columns = {split: find_columns(heads[split], split, *asked_columns) for split in named}
+    kinds = {split: heads[split].features[label] for split, (_, label) in columns.items()}
+    if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
+        raise UserError(
+            "--streaming: the label column names no classes, which would be known only when all of it was read; "
+            "`vit-hf data prepare` writes a copy that names them"
+        )
+    class_names = list(next(iter(kinds.values())).names)
+
+    def open_split(split: str) -> ParquetRows:
+        rows = ParquetRows(shards[split], *columns[split], kinds[split].names)
+        rows.renumber(renumbered(kinds[split].names, class_names, split))
+        return rows
+
+    knows_origin = all(carries_origin(heads[split].features) for split in columns)
+    return _Stream(heads, class_names, train_name, eval_name, open_split, knows_origin)
+
+
+def _keep_fraction(train: LazyRows, rule: SubsetRule, notes: list[str]) -> dict:
+    """Narrows rows of which nothing is known but their numbers. Returns the record of the subset."""
+    kept = keep_fraction(len(train), rule.fraction, rule.seed)
+    train.keep(kept)
+    notes.append(
+        "--streaming: --subset_fraction keeps rows by a hash of their numbers, without reading them: other images than "
+        "without --streaming; a copy by `vit-hf data prepare` has the same both ways."
+    )
+    return {"rule": rule.describe(), "subset_hash": subset_hash(kept), "train_samples": len(kept)}
 
 
 def _narrow(
