@@ -384,11 +384,12 @@ def test_the_flags_of_mixing_and_erasing_reach_the_batches():
         random_erasing=0.3, random_erasing_mode="pixel", randaugment="increasing=true", random_crop="scale=0.1",
     )  # fmt: skip
     preprocessing = Preprocessing((32, 32), image_mean=(0.485, 0.456, 0.406))
-    augment = make_augment(args, preprocessing, 10, torch.device("cpu"), True, lambda epoch: 100 * epoch)
+    crop = RandomCrop("scale", 0.1)
+    augment = make_augment(args, preprocessing, 10, torch.device("cpu"), crop, lambda epoch: 100 * epoch)
     assert augment.mixing == Mixing(0.8, 1.0, "elem", prob=0.9, switch_prob=0.2, off_step=300)
-    assert (augment.erasing, augment.erasing_mode) == (0.3, "pixel") and augment.crop == RandomCrop("scale", 0.1)
+    assert (augment.erasing, augment.erasing_mode) == (0.3, "pixel") and augment.crop == crop
     assert augment.fill.tolist() == [124, 116, 104]
-    other = make_augment(RunArguments(random_crop="simple"), preprocessing, 10, torch.device("cpu"), False, int)
+    other = make_augment(RunArguments(random_crop="simple"), preprocessing, 10, torch.device("cpu"), RandomCrop(), int)
     assert other.crop == RandomCrop() and other.mixing.off_step is None
 
 

@@ -251,16 +251,16 @@ def test_a_set_is_decoded_once_where_it_fits_and_loses_nothing(monkeypatch):
     assert not worth_decoding(rows, PREPROCESSING)
     monkeypatch.undo()
     crop = RandomCrop("scale", 0.1)
-    assert worth_decoding(rows, Preprocessing((32, 32)), crop)
+    assert not worth_decoding(rows, Preprocessing((32, 32)), crop)  # the box would be drawn in a distorted image
     native = TableRows(small_set(10))  # 8 pixels: at 384 they would take 2,304 times as much
     monkeypatch.setattr(cache, "DECODED_BYTES", 10 * 8 * 8 * 3)
     assert worth_decoding(native, Preprocessing((384, 384)), crop)
     monkeypatch.undo()
-    assert not worth_decoding(rows, Preprocessing((19, 32)), crop)
-    assert not worth_decoding(rows, Preprocessing((32, 32)), RandomCrop("simple", 4))  # it keeps the images' shape
     square = TableRows(image_set(bad={row: png(row, 16, 16) for row in range(10)}))  # in place of the others
-    assert worth_decoding(square, Preprocessing((32, 32)), RandomCrop("simple", 4))
-    assert not worth_decoding(square, Preprocessing((32, 24)), RandomCrop("simple", 4))
+    for crop in (crop, RandomCrop("simple", 4)):
+        assert worth_decoding(square, Preprocessing((32, 32)), crop)
+        assert not worth_decoding(square, Preprocessing((32, 24)), crop)
+        assert not worth_decoding(square, Preprocessing((12, 12)), crop)
 
 
 @pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes", "other notes"])

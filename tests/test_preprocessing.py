@@ -212,13 +212,13 @@ FROM_TIMM = {
         {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"},
         Preprocessing((30, 30), 33, MEAN, STD, BICUBIC),
     ),
-    "default": ({}, Preprocessing((30, 30), 34, MEAN, STD)),
+    "default": ({}, Preprocessing((30, 30), 34, MEAN, STD, BICUBIC)),
     "squash": (
         {"interpolation": "lanczos", "crop_pct": 1.0, "crop_mode": "squash"},
         Preprocessing((30, 30), None, MEAN, STD, Image.Resampling.LANCZOS),
     ),
     "squash, then cut": (
-        {"crop_pct": 0.9, "crop_mode": "squash"}, Preprocessing((30, 30), None, MEAN, STD, resized=(33, 33)),
+        {"crop_pct": 0.9, "crop_mode": "squash"}, Preprocessing((30, 30), None, MEAN, STD, BICUBIC, (33, 33)),
     ),
 }  # fmt: skip
 

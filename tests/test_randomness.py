@@ -42,9 +42,10 @@ def test_many_uses_at_once_draw_what_each_draws_alone():
 
 def test_no_use_is_shared():
     layers = 1000 + 8 * np.arange(12)[:, None] + np.arange(8)
-    others = [getattr(randomness, name) for name in ("FLIP", "CROP_TOP", "CROP_LEFT", "ERASE")]
-    for first, count in (("REPLACEMENT", 100), ("CROP_ATTEMPTS", 4 * 100), ("ERASE_ATTEMPTS", 4 * 10)):
-        others += [getattr(randomness, first) + number for number in range(count)]
+    counts = {"REPLACEMENT": 100, "CROP_ATTEMPTS": 4 * 100, "ERASE_ATTEMPTS": 4 * 10}  # of each other one use
+    first = {name: value for name, value in vars(randomness).items() if name.isupper() and not name.startswith("_")}
+    assert set(counts) < set(first) and "DISPLACE" in first
+    others = [value + number for name, value in first.items() for number in range(counts.get(name, 1))]
     assert len(set(others)) == len(others) and not set(others) & set(layers.ravel().tolist())
     assert policies._JITTER_LAYER >= 8  # as many as RandAugment may have
 

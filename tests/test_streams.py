@@ -14,11 +14,13 @@ from PIL import Image
 from tests.runs import evaluation, lines, trajectory
 from tests.test_loader import CPU, PREPROCESSING
 from vit_hf.arguments import DataArguments as TrainDefaults
+from vit_hf.data.augment.crops import torchvision_boxes
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.feed import LoadingSettings, train_batches
-from vit_hf.data.order import StepPlan, StreamOrder, stream_order, stream_shape
+from vit_hf.data.order import StepPlan, StreamOrder, TrainOrder, stream_order, stream_shape
+from vit_hf.data.randomness import sample_keys
 from vit_hf.data.rows import parquet
 from vit_hf.data.rows import retries as reading
 from vit_hf.data.rows.parquet import ParquetRows
@@ -452,3 +454,19 @@ def test_a_streamed_run_resumes_exactly_also_with_other_workers(run, folder, tmp
         assert '"exact": true' in (folder / "events.jsonl").read_text()
         assert evaluation(whole) == evaluation(again)
     assert lines(whole, "eval_accuracy")[-1]["eval_samples"] == 33
+
+
+def test_the_crops_of_a_streams_batch_are_as_unlike_as_those_of_any_batch():
+    """Where a row comes in its row group and how large its crop is are drawn independently."""
+    groups, keys = np.arange(0, 256_001, 100), []
+    plan = StepPlan(3, 0, 400, num_processes=1, rank=0, micro_batch_size=256, accumulation=1)
+    for order in (
+        StreamOrder(plan, groups=groups, num_workers=0, buffer_size=32_768),
+        TrainOrder(plan, num_samples=256_000),
+    ):
+        areas = [
+            np.prod(torchvision_boxes(sample_keys(3, batch.visit, batch.index), (375, 500), 0.08)[:, 2:], axis=1).mean()
+            for batch in order
+        ]
+        keys.append(np.std(areas) / (375 * 500))
+    assert keys[0] < 1.2 * keys[1]  # 12 times as much where they are the same number

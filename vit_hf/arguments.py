@@ -68,12 +68,6 @@ class LoadingArguments:
     dataloader_num_workers: str = flag(
         "auto", "worker processes of each rank that read and decode images that are not kept decoded", same_run=True
     )
-    decoded_cache: Literal["auto", "never"] = flag(
-        "auto", "decode a set once, into the cache of `datasets`, where it fits (docs/data.md)", same_run=True
-    )
-    data_on_device: Literal["auto", "never"] = flag(
-        "auto", "keep a decoded set in the memory of the GPU where it fits a fifth of it", same_run=True
-    )
     per_device_eval_batch_size: int = flag(128, "evaluation batch of one process", low=1, same_run=True)
 
 
@@ -109,6 +103,12 @@ class PreprocessingArguments:
 class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments, PreprocessingArguments):
     """What is done to each image."""
 
+    decoded_cache: Literal["auto", "never"] = flag(
+        "auto", "decode a set once, into the cache of `datasets`, where it fits (docs/data.md)", same_run=True
+    )
+    data_on_device: Literal["auto", "never"] = flag(
+        "auto", "keep a decoded set in the memory of the GPU where it fits a fifth of it", same_run=True
+    )
     shuffle_buffer_size: int = flag(
         32768, "images that a stream mixes, in the memory of all processes together", low=1
     )
@@ -226,7 +226,10 @@ class EvaluateArguments(DatasetArguments, LoadingArguments, PreprocessingArgumen
     trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
     output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
     split_seed: int | None = flag(
-        None, "which images are held out of a set without an evaluation split (default: the run's)", low=0
+        None,
+        "which images are held out of a set without an evaluation split (default: the run's)",
+        low=0,
+        high=2**32 - 1,
     )
     ddp_timeout: int = flag(
         1800,
@@ -338,7 +341,7 @@ def _convert(name: str, value: Any, item: dataclasses.Field) -> Any:
         elif isinstance(value, (list, tuple)):  # a YAML list where the flag takes values by comma
             value = ",".join(map(str, value))
         elif isinstance(value, dict):
-            value = ",".join(f"{k}={v}" for k, v in value.items())
+            value = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in value.items())
         else:
             value = str(value)
     except (ValueError, KeyError, OverflowError):
@@ -504,6 +507,15 @@ def check_augmentation(args: DataArguments) -> None:
     policies += ["randaugment"] if args.randaugment != "none" else []
     if len(policies) > 1:
         raise ArgumentError(f"give only one of {' and '.join(f'--{name}' for name in policies)}")
+    mixes = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(args, name) > 0]
+    for name, idle, needed in (
+        ("mixup_prob", args.mixup_prob < 1 and not mixes, "--mixup_alpha or --cutmix_alpha"),
+        ("mixup_off_epoch", args.mixup_off_epoch > 0 and not mixes, "--mixup_alpha or --cutmix_alpha"),
+        ("mixup_switch_prob", args.mixup_switch_prob != 0.5 and len(mixes) < 2, "--mixup_alpha and --cutmix_alpha"),
+        ("random_erasing_mode", args.random_erasing_mode != "uniform" and not args.random_erasing, "--random_erasing"),
+    ):
+        if idle:
+            raise ArgumentError(f"--{name}: {getattr(args, name)} does nothing without {needed} above 0")
     parse_image_size(args.image_size)
     for name in ("image_mean", "image_std"):
         parse_channels(name, getattr(args, name))
@@ -666,6 +678,7 @@ def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
         for item in dataclasses.fields(RunArguments)
         if not item.metadata["same_run"]
     }
+    found["split_seed"] = before.get("split_seed", before.get("seed", 0))  # there was one seed for both
     if not found["streaming"]:
         found["shuffle_buffer_size"] = None  # it is not used
     return found

@@ -166,8 +166,8 @@ def loading_settings(args: Any) -> LoadingSettings:
     """How images come to the device."""
     return LoadingSettings(
         num_workers=parse_num_workers(args.dataloader_num_workers),
-        keep_decoded=args.decoded_cache == "auto",
-        keep_on_device=args.data_on_device == "auto",
+        keep_decoded=getattr(args, "decoded_cache", "never") == "auto",
+        keep_on_device=getattr(args, "data_on_device", "never") == "auto",
         on_bad_image=args.on_bad_image,
         shuffle_buffer_size=getattr(args, "shuffle_buffer_size", 0),
         aug_repeats=getattr(args, "aug_repeats", 1),
@@ -185,8 +185,8 @@ def make_train_batches(
     first_step: int,
     accelerator: accelerate.Accelerator,
     faults: Faults,
-) -> tuple[DeviceBatches, bool]:
-    """The micro-batches of this process from `first_step` on, and whether the crop is left to the device."""
+) -> tuple[DeviceBatches, RandomCrop]:
+    """The micro-batches of this process from `first_step` on, and the crop that is left to the device."""
     make = functools.partial(
         train_batches,
         rows,
@@ -214,11 +214,11 @@ def make_augment(
     preprocessing: Preprocessing,
     num_classes: int,
     device: torch.device,
-    crops_on_device: bool,
+    crop: RandomCrop,
     first_step_of: Callable[[int], int],
 ) -> Augment:
-    """The device side of the training transforms; `first_step_of` an epoch is where mixing may end."""
-    crop = parse_random_crop(args.random_crop)
+    """The device side of the training transforms; `crop` is what is left to it, `first_step_of` an epoch is where mixing
+    may end."""
     randaugment = parse_randaugment(args.randaugment)
     fill = OP_SETS[randaugment["ops"]].fill if randaugment else 0
     return Augment(
@@ -227,7 +227,7 @@ def make_augment(
         mean=preprocessing.image_mean,
         std=preprocessing.image_std,
         device=device,
-        crop=crop if crops_on_device or not crop.while_decoding else RandomCrop(),
+        crop=crop,
         bicubic_crops=preprocessing.bicubic_crops,
         flip=args.random_flip,
         policies=make_policies(

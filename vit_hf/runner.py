@@ -137,7 +137,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         read_jsonl(output_dir / "events.jsonl"),
         functools.partial(append_event, output_dir),
     )
-    batches, crops_on_device = make_train_batches(
+    batches, crop = make_train_batches(
         args, splits.rows("train"), preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
     starved = StarvedNote(
@@ -175,7 +175,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
                 preprocessing,
                 len(splits.class_names),
                 accelerator.device,
-                crops_on_device,
+                crop,
                 schedule.first_step_of,
             ),
             objective=soft_cross_entropy,
@@ -251,6 +251,7 @@ def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: Bat
         **checkpoint.topology(accelerator),
         "micro_batch_size": plan.micro_batch_size,
         "device": accelerator.device.type,
+        "vit_hf": vit_hf.__version__,
         "torch": torch.__version__,
         "torch_compile": args.torch_compile,
     }

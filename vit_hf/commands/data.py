@@ -1,4 +1,4 @@
-"""`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come; what is kept decoded."""
+"""`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come; what is kept."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 from vit_hf.arguments import (
     CacheArguments,
     PrepareArguments,
+    RandomCrop,
+    RunArguments,
     ShowArguments,
     check_augmentation,
     check_subset,
@@ -114,11 +116,14 @@ def show(argv: list[str]) -> None:
     print(args.output_file)
 
 
-def model_image_size(args: ShowArguments) -> Any:
+def model_image_size(args: RunArguments) -> Any:
     """The input of the model that the flags name, in pixels; 224 where they name none."""
-    if args.preset is not None:
-        from vit_hf.models.presets import preset_config
+    from vit_hf.models.presets import parse_overrides, preset_config
 
+    changes = parse_overrides(args.config_overrides)
+    if "image_size" in changes:
+        return changes["image_size"]
+    if args.preset is not None:
         return preset_config(args.preset).image_size
     if args.model_name_or_path is not None:
         import transformers
@@ -177,7 +182,7 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
         preprocessing,
         len(splits.class_names),
         device,
-        crops_on_device=batches.crop.kind == "none",
+        RandomCrop() if batches.crop.while_decoding else crop,
         first_step_of=lambda epoch: epoch,
     )
     mean, std = (numbers[:, None, None] for numbers in (augment.mean, augment.std))

@@ -52,7 +52,7 @@ def bench(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     micro_batch = min(args.per_device_train_batch_size or args.global_batch_size, MOST_IMAGES)
     endless = StepPlan(args.seed, 0, 1 << 40, num_processes=1, rank=0, micro_batch_size=micro_batch, accumulation=1)
-    batches, crops_on_device = train_batches(
+    batches, crop = train_batches(
         rows,
         preprocessing,
         endless,
@@ -62,7 +62,7 @@ def bench(argv: list[str]) -> None:
         crop=parse_random_crop(args.random_crop),
     )
     augment = make_augment(
-        args, preprocessing, len(splits.class_names), device, crops_on_device, first_step_of=lambda epoch: 1 + epoch
+        args, preprocessing, len(splits.class_names), device, crop, first_step_of=lambda epoch: 1 + epoch
     )  # all is measured at step 0, where mixing is still on
     workers = batches.loader.num_workers
     ahead = PREFETCHED * workers + AT_HAND  # these were made while nobody waited

@@ -32,8 +32,9 @@ def main(argv: list[str]) -> None:
         model = load_pretrained(
             args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, need_head=True
         )
-        size = pair(getattr(model.config, "image_size", 224))
-        own = own_preprocessing(args.model, args.revision, size)
+        fixed = getattr(model.config, "image_size", None)
+        own = own_preprocessing(args.model, args.revision, pair(fixed or 224))
+        size = pair(fixed or (own.image_size if own else 224))
     load = functools.partial(
         load_image_splits,
         args.dataset_name,
@@ -56,7 +57,6 @@ def main(argv: list[str]) -> None:
     class_index = match_classes(splits.class_names, known)
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
-    size = size if own is None else own.image_size
     preprocessing = make_preprocessing(
         args, size, own, functools.partial(image_sizes_of, splits.rows("eval"), accelerator)
     )
@@ -84,7 +84,8 @@ def trained_split_seed(model: str) -> int:
     """The --split_seed of the run that made a local model: it decides which images were held out of a set that has no
     evaluation split of its own."""
     try:
-        return int(yaml.safe_load((Path(model) / "run_config.yaml").read_text())["split_seed"])
+        config = yaml.safe_load((Path(model) / "run_config.yaml").read_text())
+        return int(config.get("split_seed", config["seed"]))  # an older run had one seed for both
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         return 0
 

@@ -112,8 +112,8 @@ def worth_decoding(rows: Rows, preprocessing: Preprocessing, crop: RandomCrop = 
     original.
 
     Args:
-        crop: boxes out of larger images should come at their full resolution, and a `simple` crop out of an image of
-            another shape than the input.
+        crop: a box out of a larger image should come at its full resolution, and one out of an image of another shape than
+            the input would be drawn in a distorted image.
     """
     height, width = preprocessing.image_size
     sizes = sampled_sizes(rows)
@@ -121,8 +121,7 @@ def worth_decoding(rows: Rows, preprocessing: Preprocessing, crop: RandomCrop = 
         return False
     if not crop.while_decoding:
         return True
-    has_shape = crop.kind != "simple" or all(h * width == w * height for h, w in sizes)
-    return has_shape and all(h <= height and w <= width for h, w in sizes)
+    return all(h <= height and w <= width and h * width == w * height for h, w in sizes)
 
 
 def sampled_sizes(rows: Rows, samples: int = 32) -> list[tuple[int, int]]:

@@ -52,8 +52,8 @@ def promised_bytes() -> int:
 
 
 class DeviceBatches:
-    """The micro-batches of an order, on the device, as the model's input: pixel_values uint8 (B, C, H, W), labels int64, valid bool (B,); visit
-    and index stay on the host. Each `iter` starts at the first one.
+    """The micro-batches of an order, on the device, as the model's input: pixel_values uint8 (B, C, H, W), labels int64
+    (B,), valid bool (B,); visit and index stay on the host. Each `iter` starts at the first one.
 
     Args:
         num_workers: processes that read and decode; none where the set is decoded.

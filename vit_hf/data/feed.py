@@ -97,8 +97,8 @@ def open_batches(
     """A split's micro-batches on the host, decoded once where that pays.
 
     Args:
-        crop: the random crop; it is left to the device (the batches have none) where a set is worth decoding once, whether
-            or not it is.
+        crop: the random crop. The batches have it where it is cut while decoding: not where a set is worth decoding once,
+            whether or not it is.
         class_index: another number for each label.
         keep: False decodes anew each time, for a set that is gone through once.
     """
@@ -106,11 +106,11 @@ def open_batches(
         rows.renumber(class_index)
     if crop.while_decoding:  # the crop takes the place of the centre
         preprocessing = preprocessing.whole_image()
-    kept = None
+    cut, kept = crop if crop.while_decoding else RandomCrop(), None
     if isinstance(rows, TableRows) or not training:  # a training stream is larger than the disk
         keep = keep and settings.keep_decoded
         if (keep or crop.while_decoding) and worth_decoding(rows, preprocessing, crop):
-            crop = RandomCrop()
+            cut = RandomCrop()
             try:
                 kept = decoded(rows, preprocessing).resized(preprocessing) if keep else None
             except NotKept as reason:
@@ -123,7 +123,7 @@ def open_batches(
         preprocessing,
         kept,
         seed=seed,
-        crop=crop,
+        crop=cut,
         on_bad_image=settings.on_bad_image,
         training=training,
     )
@@ -142,8 +142,8 @@ def train_batches(
     *,
     crop: RandomCrop = RandomCrop(),
     say: Callable[[str], None] = print,
-) -> tuple[DeviceBatches, bool]:
-    """The micro-batches of this process at the steps of the plan, and whether the crop is left to the device."""
+) -> tuple[DeviceBatches, RandomCrop]:
+    """The micro-batches of this process at the steps of the plan, and the crop that is left to the device."""
     batches = open_batches(rows, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True, say=say)
     workers = workers_per_process(settings.num_workers, plan.num_processes)
     pieces, how = 1, ""
@@ -174,7 +174,7 @@ def train_batches(
         pieces=pieces,
         say=say,
     )
-    return loader, batches.crop.kind == "none"
+    return loader, RandomCrop() if batches.crop.while_decoding else crop
 
 
 def eval_batches(

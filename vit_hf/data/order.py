@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_hf.data.randomness import mix_bits, sample_keys, uniform
+from vit_hf.data.randomness import DISPLACE, mix_bits, sample_keys, uniform
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -149,7 +149,6 @@ class EvalOrder:
             yield BatchIndices(np.zeros_like(index), np.where(valid, index, 0), valid)
 
 
-DISPLACE = 200  # the use of a row's randomness
 MAX_STREAMS = 1024
 PARTS = 4  # row groups of a stream at least: the cut between two streams goes through one, which is then read twice
 

@@ -4,6 +4,7 @@ images, read from and written to an image processor's file.
 This module must not know how a file is decoded.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from vit_hf.data.randomness import INTERPOLATION, uniform
 
 CROP_PCT = 0.875  # 224 / 256: arXiv 1512.03385's centre of 224 pixels out of a shorter side of 256; timm's default too
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
 SHARPER = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)  # resizes whose random crops are bicubic
 
 
@@ -39,6 +41,20 @@ class Preprocessing:
     resample: int = Image.Resampling.BILINEAR
     resized: tuple[int, int] | None = None
     random_interpolation: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError for values that no image could be brought to."""
+        for name, low in (("image_mean", -math.inf), ("image_std", 0)):
+            values = getattr(self, name)
+            right = isinstance(values, tuple) and len(values) == 3 and all(isinstance(v, int | float) for v in values)
+            if not right or min(values) <= low:
+                above = " above 0" if low == 0 else ""
+                raise ValueError(f"its image processor has {name} {values!r}, allowed are three numbers{above}")
+        sides = (*self.image_size, *(self.resized or ()), self.shortest_edge or 1)
+        if not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"its image processor has sizes {sides}, allowed are whole numbers above 0")
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(f"its image processor has resample {self.resample!r}, allowed are 0 to 5")
 
     @property
     def interpolation(self) -> str:
@@ -140,17 +156,20 @@ class Preprocessing:
         return cls(
             image_size=result,
             shortest_edge=shortest_edge,
-            image_mean=tuple(config.get("image_mean") or (0.5,) * 3) if normalises else (0.0,) * 3,
-            image_std=tuple(config.get("image_std") or (0.5,) * 3) if normalises else (1.0,) * 3,
+            image_mean=_three(config.get("image_mean"), (0.5,) * 3) if normalises else (0.0,) * 3,
+            image_std=_three(config.get("image_std"), (0.5,) * 3) if normalises else (1.0,) * 3,
             resample=Image.Resampling.BILINEAR if config.get("resample") is None else config["resample"],
             resized=resized,
         )
 
     @classmethod
     def from_timm(cls, pretrained_cfg: dict[str, Any], image_size: tuple[int, int]) -> "Preprocessing":
-        """Reads the `pretrained_cfg` of timm's config.json; `image_size` stands in where it names no size. Raises
-        ValueError for steps that are not a resize, a centre crop and a normalisation."""
-        name = str(pretrained_cfg.get("interpolation") or "bilinear")
+        """Reads the `pretrained_cfg` of timm's config.json; `image_size` stands in where it names no size, and timm's own
+        defaults for all else. Raises ValueError for steps that are not a resize, a centre crop and a normalisation.
+
+        Source: timm, resolve_data_config.
+        """
+        name = str(pretrained_cfg.get("interpolation") or "bicubic")
         crop_mode, crop_pct = pretrained_cfg.get("crop_mode") or "center", pretrained_cfg.get("crop_pct") or CROP_PCT
         if name.upper() not in Image.Resampling.__members__:
             known = ", ".join(Image.Resampling.__members__).lower()
@@ -161,8 +180,8 @@ class Preprocessing:
             raise ValueError(f"its pretrained_cfg has crop_pct {crop_pct!r}, supported is above 0 to 1")
         return cls(
             image_size=tuple((pretrained_cfg.get("input_size") or [3, *image_size])[1:]),
-            image_mean=tuple(pretrained_cfg.get("mean") or (0.5,) * 3),
-            image_std=tuple(pretrained_cfg.get("std") or (0.5,) * 3),
+            image_mean=_three(pretrained_cfg.get("mean"), IMAGENET_MEAN),
+            image_std=_three(pretrained_cfg.get("std"), IMAGENET_STD),
             resample=Image.Resampling[name.upper()],
         ).with_resize("square" if crop_mode == "squash" else "shortest", crop_pct)
 
@@ -179,6 +198,11 @@ class Preprocessing:
             "mean": list(self.image_mean),
             "std": list(self.image_std),
         }
+
+
+def _three(values: Any, default: tuple[float, ...]) -> Any:
+    """The numbers of the channels as a tuple; what is no list stays as it is, to be refused."""
+    return default if values is None else tuple(values) if isinstance(values, list | tuple) else values
 
 
 def choose_preprocessing(
@@ -237,24 +261,21 @@ def own_preprocessing(name_or_path: str, revision: str | None, image_size: tuple
 
     Raises:
         ValueError: steps that are not a resize, a centre crop and a normalisation.
+        OSError: a file that is there and cannot be read, or a Hub that cannot be asked whether there is one.
     """
-    from transformers import PreTrainedConfig
+    from transformers import ImageProcessingMixin, PreTrainedConfig
+    from transformers.utils import cached_file
 
-    config = processor_config(name_or_path, revision)
-    if config:
+    def has(file: str) -> bool:
+        return (
+            cached_file(name_or_path, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
+        )
+
+    if has("preprocessor_config.json") or has("processor_config.json"):
+        config = ImageProcessingMixin.get_image_processor_dict(name_or_path, revision=revision)[0]
         return Preprocessing.from_config(config, image_size)
-    try:
-        pretrained_cfg = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("pretrained_cfg")
-    except OSError:
+    if not has("config.json"):
         return None
+    config = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0]
+    pretrained_cfg = config.get("pretrained_cfg") or (config if "architecture" in config else None)
     return Preprocessing.from_timm(pretrained_cfg, image_size) if pretrained_cfg else None
-
-
-def processor_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """The preprocessor_config.json of a Hub id or folder; {} where there is none."""
-    from transformers import ImageProcessingMixin
-
-    try:
-        return ImageProcessingMixin.get_image_processor_dict(name_or_path, revision=revision)[0]
-    except OSError:
-        return {}

@@ -11,6 +11,7 @@ from torch import Tensor
 # One number for each use of a sample's randomness, so that no two draws of a sample hang together. (Operations of
 # policies.py start at 1000, eight numbers a layer.)
 FLIP, CROP_TOP, CROP_LEFT = 1, 2, 3
+DISPLACE = 4  # where a row of a stream comes in its row group
 ERASE = 6
 INTERPOLATION = 90  # bilinear or bicubic, for a random crop
 REPLACEMENT = 100  # and the 99 after it: another row in place of one that does not decode
