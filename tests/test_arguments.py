@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from vit_hf.arguments import (
     RandomCrop,
     RunArguments,
     check,
+    check_augmentation,
     identity,
     parse,
     parse_channels,
@@ -15,6 +17,7 @@ from vit_hf.arguments import (
     parse_randaugment,
     parse_random_crop,
     read_config,
+    saved_identity,
     without_paths,
     write_run_config,
 )
@@ -211,3 +214,35 @@ def test_data_flags_that_exclude_each_other(flags, said):
     with pytest.raises(ArgumentError) as caught:
         check(RunArguments(preset="a", dataset_name="b", output_dir="c", max_steps=1, **flags))
     assert said in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version_held_out_by_its_seed():
+    """There was one seed for both: another --split_seed is another run, which would train on what was held out."""
+    before = {"dataset_name": "digits", "preset": "vit-demo-patch8-32", "seed": 3}
+    assert saved_identity(before)["split_seed"] == 3
+    now = RunArguments(dataset_name="digits", preset="vit-demo-patch8-32", seed=3)
+    assert identity(now) != saved_identity(before)
+    assert identity(dataclasses.replace(now, split_seed=3)) == saved_identity(before)
+
+
+def test_a_mapping_in_yaml_is_the_text_of_the_flag(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "randaugment: {num_ops: 2, magnitude: 9, magnitude_std: 0.5, increasing: true}\n"
+    )
+    args = parse(RunArguments, ["--config", str(tmp_path / "recipe.yaml")], prog="x")
+    assert args.randaugment == "num_ops=2,magnitude=9,magnitude_std=0.5,increasing=true"
+    assert parse_randaugment(args.randaugment)["ops"] == "timm"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(mixup_prob=0.5), "--mixup_prob: 0.5 does nothing without --mixup_alpha or --cutmix_alpha above 0"),
+        (dict(mixup_off_epoch=3), "--mixup_off_epoch: 3 does nothing"),
+        (dict(mixup_switch_prob=0.1, mixup_alpha=0.8), "does nothing without --mixup_alpha and --cutmix_alpha"),
+        (dict(random_erasing_mode="pixel"), "--random_erasing_mode: pixel does nothing without --random_erasing"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(flags, said):
+    with pytest.raises(ArgumentError, match=said):
+        check_augmentation(RunArguments(**flags))

@@ -257,10 +257,10 @@ def test_a_set_is_decoded_once_where_it_fits_and_loses_nothing(monkeypatch):
     assert worth_decoding(native, Preprocessing((384, 384)), crop)
     monkeypatch.undo()
     square = TableRows(image_set(bad={row: png(row, 16, 16) for row in range(10)}))  # in place of the others
-    for crop in (crop, RandomCrop("simple", 4)):
-        assert worth_decoding(square, Preprocessing((32, 32)), crop)
-        assert not worth_decoding(square, Preprocessing((32, 24)), crop)
-        assert not worth_decoding(square, Preprocessing((12, 12)), crop)
+    for each in (crop, RandomCrop("simple", 4)):
+        assert worth_decoding(square, Preprocessing((32, 32)), each)
+        assert not worth_decoding(square, Preprocessing((32, 24)), each)
+        assert not worth_decoding(square, Preprocessing((12, 12)), each)
 
 
 @pytest.mark.parametrize("damage", ["no notes", "short file", "broken notes", "other notes"])

@@ -155,3 +155,13 @@ def test_predictions_come_in_the_order_of_the_dataset():
     assert found[0]["labels"].tolist() == found[1]["labels"].tolist() == rows["label"][:]
     assert np.array_equal(found[0]["top5"], found[1]["top5"])
     np.testing.assert_allclose(found[0]["log_likelihood"], found[1]["log_likelihood"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_an_earlier_version_is_scored_on_what_it_held_out(tmp_path):
+    """Its seed decided; now --split_seed does."""
+    from vit_hf.commands.evaluate import trained_split_seed
+
+    for text, expected in (("seed: 3\n", 3), ("seed: 3\nsplit_seed: 5\n", 5), ("- not ours\n", 0)):
+        (tmp_path / "run_config.yaml").write_text(text)
+        assert trained_split_seed(str(tmp_path)) == expected
+    assert trained_split_seed(str(tmp_path / "nothing")) == 0

@@ -467,8 +467,10 @@ def test_a_read_that_fails_is_tried_again_with_back_off(monkeypatch, batches_of,
 # --- workers that die, devices without a number ---
 
 
-def test_a_killed_worker_is_one_line(batches_of):
-    loader = DeviceBatches(batches_of(image_set(30)), train_places(total_steps=10_000), CPU, 1, Faults())
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_killed_worker_is_one_line(batches_of, ahead):
+    """At once, also where a thread takes the batches, as on a GPU."""
+    loader = DeviceBatches(batches_of(image_set(30)), train_places(total_steps=10_000), CPU, 1, Faults(), ahead)
     with pytest.raises(UserError, match="worker process that decodes images was killed.*--dataloader_num_workers"):
         for number, _ in enumerate(loader):
             if number == 0:

@@ -253,3 +253,20 @@ def test_random_interpolation_is_for_resized_crops():
     check(RunArguments(**flags, random_crop="scale=0.3"))
     with pytest.raises(ArgumentError, match="--interpolation: random .*--random_crop padding=4"):
         check(RunArguments(**flags, random_crop="padding=4"))
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "JSON"),
+        ('{"resample": 9}', "resample 9"),
+        ('{"image_mean": [0.5, 0.5, 0.5, 0.5]}', "allowed are three numbers"),
+        ('{"image_std": [0.5, 0.0, 0.5]}', "three numbers above 0"),
+    ],
+)
+def test_a_processor_that_cannot_be_used_is_an_error_and_no_default(tmp_path, content, said):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=said):
+        own_preprocessing(str(tmp_path), None, (32, 32))
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert own_preprocessing(str(tmp_path), None, (32, 32)) is None

@@ -465,7 +465,9 @@ def test_the_crops_of_a_streams_batch_are_as_unlike_as_those_of_any_batch():
         TrainOrder(plan, num_samples=256_000),
     ):
         areas = [
-            np.prod(torchvision_boxes(sample_keys(3, batch.visit, batch.index), (375, 500), 0.08)[:, 2:], axis=1).mean()
+            np.prod(
+                torchvision_boxes(sample_keys(3, batch.visit, batch.index), (375, 500), 0.08)[:, 2:], axis=1
+            ).mean()
             for batch in order
         ]
         keys.append(np.std(areas) / (375 * 500))

@@ -185,6 +185,7 @@ def test_a_worker_that_leaves_is_a_line_with_its_status():
 def test_a_worker_that_falls_silent_ends_the_run_in_a_line(monkeypatch, ahead):
     """As one does whose storage does not answer."""
     monkeypatch.setattr(device, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(device, "ASKING_SECONDS", 0.1)
     loader = loader_of(Rows(20, before=lambda index: threading.Event().wait()), ahead=ahead)
     with pytest.raises(
         UserError, match="no worker process has brought images for .* seconds.*shared memory"

@@ -460,9 +460,9 @@ def check(args: RunArguments) -> None:
     Raises:
         ArgumentError: flags that exclude or need each other.
     """
-    if (args.preset is None) == (args.model_name_or_path is None):
-        found = "both are given" if args.preset else "neither is given"
-        raise ArgumentError(f"give one of --preset (from scratch) and --model_name_or_path (from weights): {found}")
+    check_one_model(args)
+    if args.preset is None and args.model_name_or_path is None:
+        raise ArgumentError(f"give one of {WHICH_MODEL}: neither is given")
     if (args.num_train_epochs is None) == (args.max_steps is None):
         found = "both are given" if args.max_steps else "neither is given"
         raise ArgumentError(f"give one of --num_train_epochs and --max_steps: {found}")
@@ -476,14 +476,28 @@ def check(args: RunArguments) -> None:
     for name in ("ema_decay", "adam_beta1", "adam_beta2"):
         if getattr(args, name) == 1:
             raise ArgumentError(f"--{name}: 1.0 would never move the average, allowed is 0 to below 1")
+    check_loading(args)
+    check_subset(args)
+    check_augmentation(args)
+    trackers(args.report_to)
+
+
+def check_loading(args: DataArguments) -> None:
+    """Raises ArgumentError for flags of how images are read that cannot be right, or exclude each other."""
+    parse_num_workers(args.dataloader_num_workers)
     if args.streaming and args.aug_repeats > 1:
         raise ArgumentError(f"--aug_repeats: {args.aug_repeats} does not go with --streaming, allowed is 1")
     if args.streaming and args.class_balanced:
         raise ArgumentError("--class_balanced: true does not go with --streaming, allowed is false")
-    parse_num_workers(args.dataloader_num_workers)
-    check_subset(args)
-    check_augmentation(args)
-    trackers(args.report_to)
+
+
+WHICH_MODEL = "--preset (from scratch) and --model_name_or_path (from weights)"
+
+
+def check_one_model(args: ModelArguments) -> None:
+    """Raises ArgumentError where two models are named."""
+    if args.preset is not None and args.model_name_or_path is not None:
+        raise ArgumentError(f"give one of {WHICH_MODEL}: both are given")
 
 
 def check_subset(args: SubsetArguments) -> None:

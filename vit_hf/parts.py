@@ -4,6 +4,7 @@ runner.py puts them together for training, `vit-hf evaluate` for evaluation.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -101,7 +102,11 @@ def splits_loader(args: Any) -> Callable[..., ImageSplits]:
 def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> ImageSplits:
     """The two splits, on every process; the main process downloads, scans or generates, and the others open what it
     has made."""
-    load = functools.partial(splits_loader(args), streaming=args.streaming)
+
+    def load() -> ImageSplits:  # where each row comes from is known by its subset_hash; the columns would travel along
+        splits = splits_loader(args)(streaming=args.streaming)
+        return dataclasses.replace(splits, train_origin=None, eval_origin=None)
+
     splits = main_process_first(accelerator, load, f"loading {args.dataset_name}")
     for note in splits.notes:
         accelerator.print(f"note: {note}")

@@ -89,13 +89,14 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         return
 
     splits = load_splits(args, accelerator)
+    train_rows, eval_rows = splits.rows("train"), splits.rows("eval")
     torch.manual_seed(args.seed)  # the same initial weights on every process
     with model_errors(args):
         model, own = build_model(args, splits.class_names)
         if model.config.num_channels != 3:
             raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
     preprocessing = make_preprocessing(
-        args, model.config.image_size, own, functools.partial(image_sizes_of, splits.rows("train"), accelerator)
+        args, model.config.image_size, own, functools.partial(image_sizes_of, train_rows, accelerator)
     )
     plan = plan_batches(args.global_batch_size, accelerator.num_processes, args.per_device_train_batch_size)
     schedule = make_schedule(
@@ -138,7 +139,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
         functools.partial(append_event, output_dir),
     )
     batches, crop = make_train_batches(
-        args, splits.rows("train"), preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
+        args, train_rows, preprocessing, plan, schedule, manifest.get("step", 0), accelerator, report.train
     )
     starved = StarvedNote(
         None if batches.batches.decoded is not None else batches.loader.num_workers,
@@ -179,7 +180,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
                 schedule.first_step_of,
             ),
             objective=soft_cross_entropy,
-            evaluate=make_evaluate(args, state.engine, splits.rows("eval"), preprocessing, accelerator, report.eval),
+            evaluate=make_evaluate(args, state.engine, eval_rows, preprocessing, accelerator, report.eval),
             extra_metrics=extra_metrics,
             mfu_scale=mfu_scale(accelerator, flops_per_image),
             training_flops_per_image=flops_per_image,

@@ -11,6 +11,8 @@ from vit_hf.arguments import (
     RunArguments,
     ShowArguments,
     check_augmentation,
+    check_loading,
+    check_one_model,
     check_subset,
     parse,
     parse_image_size,
@@ -91,6 +93,8 @@ def show(argv: list[str]) -> None:
         raise ArgumentError("--dataset_name is missing")
     check_subset(args)
     check_augmentation(args)
+    check_loading(args)
+    check_one_model(args)
     formats = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
     if Path(args.output_file).suffix.lower() not in formats:
         raise ArgumentError(f"--output_file: {args.output_file} is not a picture, allowed are {', '.join(formats)}")
@@ -221,7 +225,7 @@ def cache(argv: list[str]) -> None:
     entries = cached_sets(folder)
     names = sorted({entry.description.get("set") or "-" for entry in entries})
     if args.dataset_name is not None:
-        if args.dataset_name not in names:
+        if entries and args.dataset_name not in names:
             raise UserError(f"--dataset_name {args.dataset_name}: is not kept, allowed is one of {', '.join(names)}")
         entries = [entry for entry in entries if entry.description.get("set") == args.dataset_name]
     elif args.clear:

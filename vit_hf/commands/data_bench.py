@@ -7,10 +7,11 @@ from typing import Any
 from vit_hf.arguments import (
     RunArguments,
     check_augmentation,
+    check_loading,
+    check_one_model,
     check_subset,
     parse,
     parse_image_size,
-    parse_num_workers,
     parse_random_crop,
 )
 from vit_hf.commands.data import model_image_size, model_preprocessing
@@ -28,7 +29,8 @@ def bench(argv: list[str]) -> None:
         raise ArgumentError("--dataset_name is missing")
     check_subset(args)
     check_augmentation(args)
-    parse_num_workers(args.dataloader_num_workers)
+    check_loading(args)
+    check_one_model(args)
     import functools
 
     import torch

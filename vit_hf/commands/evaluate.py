@@ -86,7 +86,7 @@ def trained_split_seed(model: str) -> int:
     try:
         config = yaml.safe_load((Path(model) / "run_config.yaml").read_text())
         return int(config.get("split_seed", config["seed"]))  # an older run had one seed for both
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return 0
 
 

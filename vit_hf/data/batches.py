@@ -50,6 +50,7 @@ class ImageBatches(torch.utils.data.Dataset):
         self.rows, self.preprocessing, self.seed = rows, preprocessing, seed
         self.crop, self.on_bad_image, self.training = crop, on_bad_image, training
         self.decoded, self.bad = decoded, {} if decoded is None else decoded.bad
+        self.bad_rows = np.array(sorted(self.bad), dtype=np.int64)
         self.on_device: Tensor | None = None
         if self.bad and on_bad_image == "raise":
             raise self.error(self.bad)
@@ -106,7 +107,7 @@ class ImageBatches(torch.utils.data.Dataset):
 
     def _pass_over(self, wanted: BatchIndices, index: np.ndarray, valid: np.ndarray, bad: dict[int, str]) -> None:
         """Puts good rows of a decoded set where the index names bad ones."""
-        for place in np.flatnonzero(np.isin(index, list(self.bad))) if self.bad else ():
+        for place in np.flatnonzero(np.isin(index, self.bad_rows)) if self.bad else ():
             attempt = 0
             while (row := int(index[place])) in self.bad and attempt < 100:
                 bad[row] = self.bad[row]

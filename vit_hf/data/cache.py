@@ -11,14 +11,16 @@ asked for are holes and take no room. Its parts, one after the other:
 One process of a machine decodes what is missing while the others wait at a lock. This module must not know about batches.
 """
 
+import collections
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from tqdm.auto import tqdm
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.cache_folder import cache_folder, hold, make_room, read_description, write_description
 from vit_hf.data.decode import DECODE_ERRORS, decode_row, image_size, resized_sides
+from vit_hf.data.machine import usable_cores
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.resize import FILTERS, is_input, resized_on_host
 from vit_hf.data.rows.interface import Rows
@@ -330,18 +333,20 @@ def _decoded_rows(
             results.append((result, isinstance(image, np.ndarray) or image["bytes"] is not None))
         return results
 
-    def read(block: np.ndarray) -> list[Any]:
-        images, found = rows.read(block)
-        labels.extend(found.tolist())
-        return images
+    is_table = isinstance(rows, TableRows)  # files are read by many threads, pieces of a stream in their order
 
-    blocks = [wanted[start : start + 64] for start in range(0, len(wanted), 64)]
-    labels: list[int | None] = []
-    if isinstance(rows, TableRows):  # files are read by many threads, pieces of a stream in their order
-        labels = [None] * len(wanted)
-        results = pool.map(lambda block: decode(rows.read(block)[0]), blocks)
-    else:
-        results = pool.map(decode, map(read, blocks))  # reads them all before it returns
-    decoded_images = (result for block in results for result in block)
-    for row, label, (result, was_read) in zip(wanted.tolist(), labels, decoded_images, strict=True):
-        yield row, result, label, was_read
+    def start(block: np.ndarray) -> tuple[list[int], list[int | None], Future]:
+        if is_table:
+            return block.tolist(), [None] * len(block), pool.submit(lambda: decode(rows.read(block)[0]))
+        images, labels = rows.read(block)
+        return block.tolist(), labels.tolist(), pool.submit(decode, images)
+
+    blocks = (wanted[first : first + 64] for first in range(0, len(wanted), 64))
+    under_way: collections.deque[tuple[list[int], list[int | None], Future]] = collections.deque()
+    for block in itertools.chain(blocks, [None]):
+        if block is not None:
+            under_way.append(start(block))
+        while under_way and (block is None or len(under_way) > 2 * usable_cores()):  # no more is held in memory
+            block_rows, labels, results = under_way.popleft()
+            for row, label, (result, was_read) in zip(block_rows, labels, results.result(), strict=True):
+                yield row, result, label, was_read

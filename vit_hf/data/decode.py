@@ -227,6 +227,8 @@ def decode_row(
             return simple_crop_to_pixels(value, place, padding, preprocessing)
         return to_pixels(open_image(value), preprocessing)
     except DECODE_ERRORS as error:
+        if "can't allocate memory" in str(error):  # torch's words, in a RuntimeError
+            raise MemoryError from None
         name = f"file {value['path']}, " if isinstance(value, dict) and value.get("path") else ""
         reason = re.sub(r" ?<_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
         return f"{name}{type(error).__name__}: {reason}"

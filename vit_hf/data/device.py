@@ -1,9 +1,12 @@
 """The way of micro-batches to the device: worker processes, pinned memory, and a thread that copies ahead."""
 
 import atexit
+import multiprocessing
 import queue
+import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -28,6 +31,7 @@ from vit_hf.data.workers import (
 from vit_hf.errors import UserError
 
 AHEAD = 2  # micro-batches that wait on the device
+ASKING_SECONDS = 5  # after which the loader is asked again
 
 
 _OPEN: "weakref.WeakSet[DeviceBatches]" = weakref.WeakSet()
@@ -36,8 +40,13 @@ _OPEN: "weakref.WeakSet[DeviceBatches]" = weakref.WeakSet()
 @atexit.register
 def _end_workers() -> None:
     """Before multiprocessing asks them to end by a signal that they leave to the parent, and waits for them."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no news any more
     for loader in list(_OPEN):
         loader.close()
+    for worker in multiprocessing.active_children():  # of a loader that is gone without having been closed
+        if worker.daemon:
+            worker.kill()
 
 
 def _workers() -> list[BaseProcess]:
@@ -105,7 +114,7 @@ class DeviceBatches:
             # so many micro-batches a worker, however they are cut
             prefetch_factor=PREFETCHED * pieces if num_workers else None,
             collate_fn=send if num_workers else None,
-            timeout=SILENT_SECONDS if num_workers else 0,
+            timeout=ASKING_SECONDS if num_workers else 0,
         )
         _OPEN.add(self)
 
@@ -125,9 +134,10 @@ class DeviceBatches:
                 raise
             raise line from None
         explain_deaths(_workers)
-        host = zip(*[loader] * self.pieces)
+        stop = threading.Event()
+        host = self._taken(loader, stop)
         try:
-            for batch, copied in self._prefetched(host) if self.ahead else map(self._join, host):
+            for batch, copied in self._prefetched(host, stop) if self.ahead else map(self._join, host):
                 self._report(batch)
                 if copied is not None:
                     stream = torch.cuda.current_stream(self.device)
@@ -140,10 +150,30 @@ class DeviceBatches:
                 raise
             raise line from None
 
-    def _prefetched(self, host: Iterator[tuple[dict[str, Any], ...]]) -> Iterator[tuple[dict[str, Any], Any]]:
+    def _taken(self, loader: Iterator[dict[str, Any]], stop: threading.Event) -> Iterator[tuple[dict[str, Any], ...]]:
+        """The pieces of each micro-batch, as the workers bring them. The loader is asked again every few seconds, so that
+        a worker that died is noticed, and that a thread in here hears of `stop`, at which this ends."""
+        pieces: list[dict[str, Any]] = []
+        heard = time.monotonic()
+        while not stop.is_set():
+            try:
+                pieces.append(next(loader))
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error) or time.monotonic() - heard > SILENT_SECONDS:
+                    raise
+                continue
+            if len(pieces) == self.pieces:
+                yield tuple(pieces)
+                pieces = []
+            heard = time.monotonic()
+
+    def _prefetched(
+        self, host: Iterator[tuple[dict[str, Any], ...]], stop: threading.Event
+    ) -> Iterator[tuple[dict[str, Any], Any]]:
         """What `_join` gives for each batch of the host, worked on ahead by a thread."""
         ready: queue.Queue = queue.Queue(self.ahead)
-        stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(host, ready, stop), daemon=True)
         thread.start()
         try:
@@ -174,27 +204,37 @@ class DeviceBatches:
             ready.put(error)
 
     def _join(self, pieces: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], Any]:
-        """What `_move` gives, of a micro-batch that comes in pieces, some of which may be empty."""
+        """A micro-batch on the device, of its pieces, some of which may be empty; and the event that its copies are done
+        (None where there is nothing to wait for)."""
         if len(pieces) == 1:
-            return self._move(pieces[0])
-        pieces = tuple(self._move(piece)[0] for piece in pieces)
+            whole = self._move(pieces[0])
+        else:
+            whole = self._joined([self._move(piece) for piece in pieces])
+        on_gpu = self.device.type == "cuda" and whole["error"] is None
+        return whole, torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def _joined(self, pieces: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pieces as one micro-batch. What went wrong may be in an empty one."""
         whole: dict[str, Any] = {
             "bad": {row: reason for piece in pieces for row, reason in piece["bad"].items()},
             "retried": [line for piece in pieces for line in piece["retried"]],
             "error": next((piece["error"] for piece in pieces if piece["error"] is not None), None),
         }
         if whole["error"] is not None:
-            return whole, None
+            return whole
+        pieces = [piece for piece in pieces if len(piece["labels"])]
+        if len(pieces) == 1:
+            return {**pieces[0], **whole}
         for name in ("labels", "visit", "index", "valid"):
             whole[name] = torch.cat([piece[name] for piece in pieces])
         channels_last = [piece["pixel_values"].permute(0, 2, 3, 1) for piece in pieces]  # as it lies in memory
         whole["pixel_values"] = torch.cat(channels_last).permute(0, 3, 1, 2)
-        return whole, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        return whole
 
-    def _move(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """The batch on the device, and the event that its copies are done (None where there is nothing to wait for)."""
+    def _move(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device; its copies may be under way."""
         if batch["error"] is not None:
-            return batch, None
+            return batch
         for name in ("pixel_values", "rows", "labels", "valid"):
             if name in batch:
                 batch[name] = batch[name].to(self.device, non_blocking=True)
@@ -203,7 +243,7 @@ class DeviceBatches:
         if self.resize is not None:
             batch["pixel_values"] = self.resize(batch["pixel_values"])
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
-        return batch, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        return batch
 
     def _report(self, batch: dict[str, Any]) -> None:
         found, retried, error = batch.pop("bad"), batch.pop("retried"), batch.pop("error")

@@ -204,7 +204,7 @@ def eval_batches(
         num_processes=num_processes,
         rank=rank,
         batch_size=settings.eval_batch_size,
-        num_workers=workers,
+        num_workers=0 if batches.decoded is not None else workers,
     )
     return to_device(
         batches,

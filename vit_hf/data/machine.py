@@ -1,7 +1,10 @@
-"""What this machine has for the data of a run: cores and shared memory. Imports nothing heavy: worker processes start
+"""What this machine has for the data of a run: cores, shared memory, processes that end together. Imports nothing heavy: worker processes start
 with it."""
 
+import ctypes
 import os
+import signal
+import sys
 
 SHARED_MEMORY = "/dev/shm"
 PREFETCHED = 2  # micro-batches that each worker has ready or under way
@@ -30,3 +33,16 @@ def shared_memory_free() -> int | None:
 def shared_memory_needed(batch_bytes: int, num_workers: int) -> int:
     """Bytes of shared memory that a loader's micro-batches take at most at once; 0 without workers."""
     return batch_bytes * (PREFETCHED * num_workers + AT_HAND) if num_workers else 0
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Has the system end this worker process when its parent is killed, which tells nobody (on Linux).
+
+    Args:
+        parent: its process number, where it may be gone already.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)

@@ -2,10 +2,8 @@
 or through a pipe where shared memory has no room. This module must not know what a batch means.
 """
 
-import ctypes
 import errno
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_hf.data.machine import SHARED_MEMORY, shared_memory_free
+from vit_hf.data.machine import SHARED_MEMORY, end_with_parent, shared_memory_free
 from vit_hf.errors import UserError
 
 SILENT_SECONDS = 600  # no read that is tried again, and no decoding, takes so long; well below --ddp_timeout's default
@@ -28,9 +26,7 @@ def set_up_worker(worker: int) -> None:
     hand, saves, and then ends its workers. One that is killed takes them along."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    end_with_parent()
 
 
 class _Piped:
@@ -82,26 +78,28 @@ def no_room(error: OSError, needed: int) -> UserError | None:
 def failure(error: Exception, workers: Iterable[BaseProcess]) -> UserError | None:
     """The line for what torch raises when a worker is silent or dead; None for another error."""
     workers, text = list(workers), str(error)
+    if text.startswith("Caught "):  # a fault in a worker, with its traceback
+        return None
     if "DataLoader timed out" in text:
         _kill(workers)
         return UserError(
             f"no worker process has brought images for {SILENT_SECONDS} seconds: does the storage answer? {free_text()}; "
             "--dataloader_num_workers 0 decodes without workers"
         )
-    if isinstance(error, OSError | EOFError):  # it died with a batch under way
-        wait([worker.sentinel for worker in workers], timeout=GONE_SECONDS)
-        if not any(worker.exitcode for worker in workers):
-            return None
-    elif "DataLoader worker" not in text:
+    broken = isinstance(error, OSError | EOFError)  # it may have died with a batch under way
+    if not broken and "DataLoader worker (pid" not in text:
         return None
+    wait([worker.sentinel for worker in workers], timeout=GONE_SECONDS)
     codes = [code for worker in workers if (code := worker.exitcode)]  # None lives, 0 ended in peace
+    if broken and not codes:
+        return None
     code = codes[0] if codes else 0
-    if code == -signal.SIGBUS:
+    if code == -getattr(signal, "SIGBUS", 0) < 0:
         return UserError(
             "a worker process that decodes images ended by a bus error: shared memory that is full, or a mapped file that "
             f"was cut off; {free_text()}: give the container more (docker's --shm-size), or lower --dataloader_num_workers"
         )
-    if code == -signal.SIGKILL:
+    if code == -getattr(signal, "SIGKILL", 0) < 0:
         return UserError(
             "a worker process that decodes images was killed, as a system does that is out of memory: lower "
             "--dataloader_num_workers"
@@ -132,7 +130,7 @@ class _Explained:
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
     """Ends workers that do not answer, which torch would wait for."""
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if isinstance(handler, _Explained):
         handler.expected = True
     for worker in workers:
@@ -148,6 +146,8 @@ def explain_deaths(workers: Callable[[], Iterable[BaseProcess]]) -> None:
     Args:
         workers: gives all that live, or should.
     """
+    if not hasattr(signal, "SIGCHLD"):  # Windows tells nobody
+        return
     handler = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is threading.main_thread() and callable(handler):
         if not isinstance(handler, _Explained):

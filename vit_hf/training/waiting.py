@@ -98,7 +98,7 @@ class _Meeting:
         if server is not None:
             self.others = _accept(server, token, accelerator.num_processes - 1)
         else:
-            self.others = {0: socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port))}
+            self.others = {0: _connect(os.environ.get("MASTER_ADDR", "127.0.0.1"), port)}
             self.others[0].sendall(f"{token} {self.rank}\n".encode())
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
@@ -162,6 +162,18 @@ class _Meeting:
 
     def _gone(self, how: str) -> NoReturn:
         raise UserError(f"{how} during {self.doing}; what it has printed says why")
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    try:
+        main = socket.create_connection((host, port), timeout=DEAD_SECONDS)
+    except OSError as error:
+        raise UserError(
+            f"the main process cannot be reached at {host}:{port} ({error}): the machines of a run have to reach each other "
+            "on all ports"
+        ) from None
+    main.settimeout(None)
+    return main
 
 
 def _server() -> socket.socket:

@@ -1,10 +1,8 @@
 """All files of a copy, on all cores."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -13,10 +11,9 @@ from tqdm.auto import tqdm
 
 from vit_hf.data.copy.plan import Shard, Work
 from vit_hf.data.copy.shard import finish_shard
+from vit_hf.data.machine import end_with_parent
 from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import UserError
-
-PR_SET_PDEATHSIG = 1
 
 
 class _Stopped(Exception):
@@ -64,10 +61,7 @@ _worker: dict[str, Any] = {}  # in a worker process: what `_work_on` needs besid
 
 def _start_worker(work: Work, done: Any, stop: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
-    if sys.platform == "linux":  # a parent that is killed tells nobody
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent(parent)
     _worker.update(work=work, done=done, stop=stop, rows={name: TableRows(rows) for name, rows in work.sets.items()})
 
 

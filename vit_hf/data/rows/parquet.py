@@ -18,6 +18,8 @@ from vit_hf.data.rows.interface import LazyRows
 from vit_hf.data.rows.retries import patiently
 from vit_hf.errors import UserError
 
+READERS = 8  # row groups that a process reads at once: over a network most of the time is waiting
+
 
 class ParquetRows(LazyRows):
     """The rows of a split that is stored as parquet shards.
@@ -79,10 +81,10 @@ class ParquetRows(LazyRows):
         groups = np.searchsorted(self.first, index, side="right") - 1
         images: list[Any] = [None] * len(index)
         labels = np.empty(len(index), dtype=np.int64)
-        for group in np.unique(groups):
+        for group, table in self._tables(np.unique(groups).tolist()).items():
             places = np.flatnonzero(groups == group)
             inside = index[places] - self.first[group]
-            image_column, label_column = self._group(int(group)).columns
+            image_column, label_column = table.columns
             for place, row in zip(places.tolist(), inside.tolist()):
                 value, label = image_column[row].as_py(), label_column[row].as_py()
                 if label is None or not 0 <= label < len(self.class_names):
@@ -95,21 +97,27 @@ class ParquetRows(LazyRows):
                 labels[place] = label
         return images, self.number_of[labels]
 
-    def _group(self, group: int) -> pa.Table:
-        """The rows that are kept of a row group."""
-        if group not in self._groups:
-            table = self._read_group(group, self.columns)
-            start, stop = self.group_start[group : group + 2]
-            if len(table) > (kept := self.first[group + 1] - self.first[group]):
-                chosen = np.zeros(stop - start, dtype=bool)
-                chosen[self.source_rows[self.first[group] :][:kept] - start] = True
-                table = table.filter(chosen)
-            self._groups[group] = table.combine_chunks()
-            held = sum(len(table) for table in self._groups.values())
-            while held > max(self.held_rows, len(table)) and len(self._groups) > 1:
-                held -= len(self._groups.popitem(last=False)[1])
-        self._groups.move_to_end(group)
-        return self._groups[group]
+    def _tables(self, groups: list[int]) -> dict[int, pa.Table]:
+        """The rows that are kept of each row group; those that are not at hand are read side by side."""
+        missing = [group for group in groups if group not in self._groups]
+        with ThreadPoolExecutor(READERS) as pool:  # starts no thread where nothing is missing
+            self._groups.update(zip(missing, pool.map(self._kept, missing)))
+        tables = {group: self._groups[group] for group in groups}
+        for group in groups:
+            self._groups.move_to_end(group)
+        held = sum(len(table) for table in self._groups.values())
+        while held > self.held_rows and len(self._groups) > 1:
+            held -= len(self._groups.popitem(last=False)[1])
+        return tables
+
+    def _kept(self, group: int) -> pa.Table:
+        table = self._read_group(group, self.columns)
+        start, stop = self.group_start[group : group + 2]
+        if len(table) > (kept := self.first[group + 1] - self.first[group]):
+            chosen = np.zeros(stop - start, dtype=bool)
+            chosen[self.source_rows[self.first[group] :][:kept] - start] = True
+            table = table.filter(chosen)
+        return table.combine_chunks()
 
     def _read_group(self, group: int, columns: list[str]) -> pa.Table:
         """All rows of a row group. The file is closed again: an open one would keep what was read last."""

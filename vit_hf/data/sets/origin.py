@@ -6,13 +6,14 @@ the images that the same flags keep of the original. Must not know: rules, pixel
 
 import dataclasses
 import hashlib
-import os
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from vit_hf.data.rows.table import source_state
+from vit_hf.data.cache_folder import DIGESTS, cache_folder
+from vit_hf.data.rows.retries import patiently
+from vit_hf.data.rows.table import file_bytes, source_state
 from vit_hf.errors import UserError
 
 DIGEST_BYTES = 32  # sha256
@@ -95,15 +96,15 @@ def image_digests(dataset: datasets.Dataset, rows: np.ndarray, cache_dir: str | 
     if len(rows) != len(images):
         images = images.select(rows)
     key = hashlib.sha256("\n".join(source_state(images)).encode()).hexdigest()[:32]
-    folder = os.path.join(str(cache_dir or datasets.config.HF_DATASETS_CACHE), "vit_hf_image_digests")
-    os.makedirs(folder, exist_ok=True)
+    folder = cache_folder(cache_dir, DIGESTS)
+    folder.mkdir(parents=True, exist_ok=True)
     digests = images.with_format("arrow").map(
         _digest_batch,
         batched=True,
         batch_size=64,
         remove_columns=["image"],
         features=datasets.Features({"digest": datasets.Value("binary")}),
-        cache_file_name=os.path.join(folder, f"{key}.arrow"),
+        cache_file_name=str(folder / f"{key}.arrow"),
         load_from_cache_file=True,
         desc="Hashing images for the subset",
     )
@@ -116,17 +117,13 @@ def _digest_batch(table) -> dict:
     for image in table["image"].to_pylist():
         content = (image or {}).get("bytes")
         if content is None:
-            content = _file_bytes((image or {}).get("path"))
+            path = (image or {}).get("path") or ""
+            try:
+                content = patiently(lambda path=path: file_bytes(path), path, [])
+            except UserError as error:
+                raise UserError(
+                    f"the subset filter needs every image file: {error}; restore the file, or load the set again with "
+                    "--dataset_name"
+                ) from None
         digests.append(hashlib.sha256(content).digest())
     return {"digest": digests}
-
-
-def _file_bytes(path: str | None) -> bytes:
-    try:
-        with open(path or "", "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(
-            f"the subset filter cannot read the image file {path!r} ({error.strerror}): restore the file, or load the "
-            "set again with --dataset_name"
-        ) from None
