@@ -423,3 +423,14 @@ def test_subsets_draws_and_held_out_rows_of_a_set_share_its_file(tmp_path, monke
             assert np.array_equal(kept[index], expected(stored, Preprocessing((8, 8)), index))
             assert rows.labels[index].tolist() == stored[index]["label"]
     assert len(files(tmp_path)) == 2  # train and test
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    """Not the output folder, which is fine."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="digits: the cache of `datasets` cannot be written .*HF_DATASETS_CACHE"):
+        load_image_splits("digits", cache_dir=str(tmp_path / "file/cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/vit_hf_pixels").write_text("")  # in place of the folder
+    with pytest.raises(NotKept, match="vit_hf_pixels"):
+        decoded(TableRows(image_set()), PREPROCESSING, tmp_path / "cache")

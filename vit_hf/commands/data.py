@@ -236,7 +236,7 @@ def cache(argv: list[str]) -> None:
     if args.clear:
         dropped = [drop(entry) for entry in entries]
         freed = sum(entry.size_bytes for entry, done in zip(entries, dropped, strict=True) if done)
-        in_use = f"; {dropped.count(False)} are in use and stay" if not all(dropped) else ""
+        in_use = f"; {dropped.count(False)} stay: in use, or not ours to remove" if not all(dropped) else ""
         print(f"{dropped.count(True)} removed, {freed / 1e6:.1f} MB{in_use}")
         return
     print(f"{'set':30} {'split':12} {'pixels':>11} {'rows':>9} {'MB':>9}  last used")

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
         results = run()
     results |= report.collect()
     results |= {"model": args.model, "dataset_name": args.dataset_name, "eval_split": splits.eval_split}
+    results["preprocessing"] = str(preprocessing)
     if accelerator.is_main_process:
         default = Path(args.model) if Path(args.model).is_dir() else Path(".")
         folder = Path(args.output_dir) if args.output_dir else default

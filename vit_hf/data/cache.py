@@ -166,7 +166,7 @@ def decoded(rows: Rows, preprocessing: Preprocessing, cache_dir: str | os.PathLi
         except _OtherSize:
             continue
         except OSError as error:
-            if error.errno not in (errno.EFBIG, *SURROUNDINGS):
+            if error.errno not in (errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, *SURROUNDINGS):
                 raise
             needed = len(rows) * way.size[0] * way.size[1] * 3
             raise NotKept(f"{error.strerror}; {needed / 1e9:.1f} GB would go to {folder}") from None

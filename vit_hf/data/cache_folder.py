@@ -81,7 +81,7 @@ def write_description(path: Path, content: dict[str, Any]) -> None:
 
 
 def drop(entry: CachedSet) -> bool:
-    """Removes an entry's files; False where a process uses or fills them."""
+    """Removes an entry's files; False where a process uses or fills them, or they cannot be removed."""
     lock = FileLock(entry.files[0].with_name(f"{entry.key}.lock"))
     try:
         with lock.acquire(timeout=0):

@@ -78,7 +78,7 @@ def checked_labels(
         row, count = outside[0], len(outside)
         raise UserError(
             f"{split} split, row {row}: label {labels[row]} is outside 0..{len(feature.names) - 1} ({count} such "
-            "rows): correct the labels, or choose another --label_column_name"
+            "rows): correct the labels or the class names, or choose another --label_column_name"
         )
     return renumbered(feature.names, class_names, split)[labels]
 

@@ -5,6 +5,7 @@ Must not know: models, training, pixels (decode.py reads the images), processes.
 """
 
 import dataclasses
+import functools
 import os
 
 import datasets
@@ -17,7 +18,7 @@ from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, en
 from vit_hf.data.sets.digits import load_digits_splits
 from vit_hf.data.sets.fractals import load_fractal_splits, parse_options
 from vit_hf.data.sets.glyphs import load_glyphs_splits
-from vit_hf.data.sets.load_errors import explained
+from vit_hf.data.sets.load_errors import cache_problem, explained
 from vit_hf.data.sets.names import (
     GENERATED_SETS,
     ImageSplits,
@@ -166,9 +167,12 @@ def _load_source(name: str, config_name: str | None, revision: str | None, cache
         if revision or (config_name and name != "fractal"):
             given = f"revision {revision}" if revision else f"--dataset_config_name {config_name}"
             raise UserError(f"--dataset_name {name}: is generated on this machine and takes no {given}; leave it out")
-        if name == "fractal":
-            return load_fractal_splits(parse_options(config_name), cache_dir=cache_dir)
-        return {"digits": load_digits_splits, "glyphs": load_glyphs_splits}[name](cache_dir=cache_dir)
+        load = {"digits": load_digits_splits, "glyphs": load_glyphs_splits}.get(name)
+        load = load or functools.partial(load_fractal_splits, parse_options(config_name))
+        try:
+            return load(cache_dir=cache_dir)
+        except OSError as error:
+            raise cache_problem(error, name, cache_dir) or error from None
     path, is_folder = resolve_name(name)
     try:
         if is_folder and {"dataset_dict.json", "state.json"} & set(os.listdir(path)):  # save_to_disk made it
@@ -176,7 +180,7 @@ def _load_source(name: str, config_name: str | None, revision: str | None, cache
         else:
             loaded = datasets.load_dataset(path, config_name, revision=revision, cache_dir=cache_dir)
     except Exception as error:  # `datasets` lets through the exceptions of every library below it
-        raise explained(error, name, path, is_folder) from error
+        raise cache_problem(error, name, cache_dir) or explained(error, name, path, is_folder) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 

@@ -1,10 +1,26 @@
 """What `datasets` and the Hub raise, as one line: what was asked for, what went wrong, what to do."""
 
 import difflib
+import os
 import re
+
+import datasets
 
 from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS, NAMED_SETS
 from vit_hf.errors import UserError
+
+
+def cache_problem(error: BaseException, name: str, cache_dir: str | None) -> UserError | None:
+    """The line for a set that cannot be written into the cache of `datasets`; None for another error."""
+    folder = os.path.abspath(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    for cause in _causes(error):
+        file = os.path.abspath(str(getattr(cause, "filename", None) or "/"))
+        if isinstance(cause, OSError) and (file.startswith(folder) or folder.startswith(file + os.sep)):
+            return UserError(
+                f"--dataset_name {name}: the cache of `datasets` cannot be written ({cause.strerror}: {file}); make room or "
+                "give access, or set HF_DATASETS_CACHE to another folder"
+            )
+    return None
 
 
 def explained(error: Exception, name: str, path: str, is_folder: bool) -> UserError:
