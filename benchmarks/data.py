@@ -44,6 +44,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from reports import environment, read_report
 
 from vit_hf.arguments import Parser, RandomCrop
+from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment
 from vit_hf.data.augment.policies import rand_augment
 from vit_hf.data.batches import ImageBatches
@@ -330,7 +331,7 @@ def training(folder: Path, device: torch.device) -> dict[str, Turn]:
     batches = ImageBatches(rows, Preprocessing((32, 32)), decoded(rows, Preprocessing((32, 32)), str(folder)))
     batches.place_on_device(device)
     accelerator = accelerate.Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
-    augment = augmentation(device, crop=RandomCrop("padding", 4), policies=[rand_augment], mixup_alpha=0.2)
+    augment = augmentation(device, crop=RandomCrop("padding", 4), policies=[rand_augment], mixing=Mixing(0.2))
 
     def new_state() -> TrainState:
         torch.manual_seed(0)

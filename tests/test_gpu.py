@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from vit_hf.data.batches import ImageBatches
 from vit_hf.data.cache import decoded
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
+from vit_hf.data.order import StepPlan, StreamOrder
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.table import TableRows
 from vit_hf.models.presets import from_preset
@@ -78,6 +80,22 @@ def test_batches_come_to_the_gpu_as_they_are_on_the_cpu():
         for one, other in zip(found, expected):
             assert one["pixel_values"].is_cuda and one["labels"].is_cuda and not one["index"].is_cuda
             assert all(torch.equal(one[name].cpu(), other[name]) for name in other)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_pieces_of_a_stream_come_to_the_gpu_as_one_micro_batch(shared):
+    """From three workers, through shared memory and through a pipe; some pieces are empty."""
+    rows, groups = TableRows(image_set(30)), np.arange(0, 31, 2)
+    plan = StepPlan(3, 0, 20, num_processes=1, rank=0, micro_batch_size=3, accumulation=1)
+    batches = ImageBatches(rows, PREPROCESSING)
+    orders = [StreamOrder(plan, groups=groups, num_workers=workers, buffer_size=8) for workers in (0, 3)]
+    assert any(len(piece.index) == 0 for piece in orders[1])
+    expected = DeviceBatches(batches, orders[0], torch.device("cpu"), 0, Faults())
+    found = DeviceBatches(batches, orders[1], torch.device("cuda:0"), 3, Faults(), pieces=3, shared=shared)
+    for one, other in zip(found, expected, strict=True):
+        assert one["pixel_values"].is_cuda
+        assert all(torch.equal(one[name].cpu(), other[name]) for name in other)
+    found.close()
 
 
 @pytest.mark.parametrize("preprocessing", [Preprocessing((224, 224)), Preprocessing((32, 32), 40, resample=3)])
