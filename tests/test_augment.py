@@ -123,7 +123,7 @@ def test_bicubic_crop_equals_pillow_and_leaves_the_others_bilinear():
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
 def test_a_samples_crop_is_resized_alike_wherever_it_is_cut(interpolation):
-    """On the device from a decoded set and while a worker decodes: half of the samples bicubic where it is drawn."""
+    """On the device, by the keys: half of the samples bicubic where it is drawn. (Workers: test_loader.py.)"""
     keys = keys_of(2000)
     how = choose_preprocessing((12, 10), None, lambda: [], interpolation=interpolation)
     drawn = how.bicubic_crops(keys)
