@@ -20,7 +20,8 @@ def build_model(args: RunArguments, class_names: list[str]):
     """The preset with random weights, or, with --model_name_or_path, training that goes on from given weights."""
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
-    from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
+    from vit_hf.models.presets import from_preset, parse_overrides
+    from vit_hf.models.transfer import for_new_labels, load_pretrained
 
     changes = parse_overrides(args.config_overrides)
     if args.image_size is not None:

@@ -17,7 +17,7 @@ from vit_hf.data.augment.erasing import erasing_boxes, random_erasing
 from vit_hf.data.augment.mixing import Mixing, mix
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import color_jitter, rand_augment, trivial_augment
-from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
+from vit_hf.data.preprocessing import Preprocessing, PreprocessingSettings, choose_preprocessing
 from vit_hf.data.randomness import sample_keys, uniform
 from vit_hf.parts import make_augment
 
@@ -125,7 +125,7 @@ def test_bicubic_crop_equals_pillow_and_leaves_the_others_bilinear():
 def test_a_samples_crop_is_resized_alike_wherever_it_is_cut(interpolation):
     """On the device, by the keys: half of the samples bicubic where it is drawn. (Workers: test_loader.py.)"""
     keys = keys_of(2000)
-    how = choose_preprocessing((12, 10), None, lambda: [], interpolation=interpolation)
+    how = choose_preprocessing((12, 10), None, list, PreprocessingSettings(interpolation=interpolation))
     drawn = how.bicubic_crops(keys)
     assert drawn.mean() == {"bilinear": 0, "bicubic": 1}.get(interpolation, pytest.approx(0.5, abs=0.04))
     assert np.array_equal(how.bicubic_crops(keys[:7]), drawn[:7])  # by the key alone

@@ -17,6 +17,7 @@ from vit_hf.arguments import RunArguments, check
 from vit_hf.cli import dispatch
 from vit_hf.data.preprocessing import (
     Preprocessing,
+    PreprocessingSettings,
     choose_preprocessing,
     mostly_larger,
     own_preprocessing,
@@ -203,7 +204,7 @@ def test_model_flags_and_images_decide_in_this_order(own, size, flags, expected)
         assert own is None and not {"crop_pct", "eval_resize"} & set(flags), "the images were read for nothing"
         return [(500, 400)] * 5
 
-    assert choose_preprocessing((size, size), own, sizes, **flags) == expected
+    assert choose_preprocessing((size, size), own, sizes, PreprocessingSettings(**flags)) == expected
 
 
 TIMM = {"input_size": [3, 30, 30], "mean": list(MEAN), "std": list(STD)}

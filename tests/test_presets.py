@@ -10,14 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from vit_hf.models import ResNetForImageClassification, ViTConfig, ViTForImageClassification
 from vit_hf.models.positions import resize_position_embeddings
-from vit_hf.models.presets import (
-    PRESETS,
-    for_new_labels,
-    from_preset,
-    load_pretrained,
-    parse_overrides,
-    preset_config,
-)
+from vit_hf.models.presets import PRESETS, from_preset, parse_overrides, preset_config
+from vit_hf.models.transfer import for_new_labels, load_pretrained
 
 TINY = dict(
     image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
