@@ -4,6 +4,7 @@ fields.py       the flags by topic, each with its help, its range and whether it
 parser.py       flags over a YAML file over the defaults, as values; and the values as a YAML file again
 values.py       what is more than a number or a word: read from text once, written as text again
 checks.py       flags that exclude or need each other
+pick.py         what one room of the package needs of them
 identity.py     what makes a run this run, and what may change of it when it goes on
 
 A recipe (`--config FILE.yaml`) holds the same names as the flags; a flag wins over the file. This package must not import
@@ -14,6 +15,7 @@ from vit_hf.arguments.checks import check, check_augmentation, check_loading, ch
 from vit_hf.arguments.fields import RunArguments
 from vit_hf.arguments.identity import MENDABLE, changes, identity, saved_identity, without_paths
 from vit_hf.arguments.parser import Parser, parse, plain, read_config, write_run_config
+from vit_hf.arguments.pick import pick
 from vit_hf.arguments.values import RandAugment, RandomCrop
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "check_subset",
     "identity",
     "parse",
+    "pick",
     "plain",
     "read_config",
     "saved_identity",
