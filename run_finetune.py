@@ -12,7 +12,7 @@ it runs the demo recipe on what run_pretrain.py's demo wrote.
 import sys
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, check, parse, parse_image_size
+from vit_hf.arguments import RunArguments, check, parse
 from vit_hf.errors import UserError, exit_with
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/finetune_digits.yaml"
@@ -23,11 +23,11 @@ def build_model(args: RunArguments, class_names: list[str]):
     """The weights under a new linear head; or, with --preset, a model with random weights and a linear head."""
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
-    from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
+    from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained
 
-    changes = parse_overrides(args.config_overrides)
+    changes = dict(args.config_overrides)
     if args.image_size is not None:
-        changes["image_size"] = parse_image_size(args.image_size)
+        changes["image_size"] = args.image_size
     if args.preset is not None:
         return from_preset(args.preset, class_names, changes), None
     model = load_pretrained(args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code)

@@ -10,7 +10,7 @@ demo recipe. Where it runs (devices, precision, ZeRO) is the business of `accele
 
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, check, parse, parse_image_size
+from vit_hf.arguments import RunArguments, check, parse
 from vit_hf.errors import exit_with
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
@@ -20,11 +20,11 @@ def build_model(args: RunArguments, class_names: list[str]):
     """The preset with random weights, or, with --model_name_or_path, training that goes on from given weights."""
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
-    from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
+    from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained
 
-    changes = parse_overrides(args.config_overrides)
+    changes = dict(args.config_overrides)
     if args.image_size is not None:
-        changes["image_size"] = parse_image_size(args.image_size)
+        changes["image_size"] = args.image_size
     if args.preset is not None:
         return from_preset(args.preset, class_names, changes), None
     model = load_pretrained(args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code)

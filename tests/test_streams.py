@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.runs import evaluation, lines, trajectory
 from tests.test_loader import CPU, PREPROCESSING
-from vit_hf.arguments import DataArguments as TrainDefaults
+from vit_hf.arguments.fields import DataArguments as TrainDefaults
 from vit_hf.data.augment.crops import torchvision_boxes
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.device import DeviceBatches

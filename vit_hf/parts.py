@@ -15,15 +15,7 @@ import datasets
 import torch
 import transformers
 
-from vit_hf.arguments import (
-    RandomCrop,
-    RunArguments,
-    parse_channels,
-    parse_num_workers,
-    parse_randaugment,
-    parse_random_crop,
-    trackers,
-)
+from vit_hf.arguments import RandomCrop, RunArguments
 from vit_hf.data.augment.mixing import Mixing
 from vit_hf.data.augment.pipeline import Augment, normalise
 from vit_hf.data.augment.policies import OP_SETS, make_policies
@@ -36,7 +28,7 @@ from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.sets.load import load_image_splits
 from vit_hf.data.sets.names import ImageSplits
-from vit_hf.data.sets.subset import SubsetRule, parse_subset_classes
+from vit_hf.data.sets.subset import SubsetRule
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
 from vit_hf.training.accelerator import apply_batch_plan, build_accelerator
@@ -49,7 +41,7 @@ from vit_hf.training.waiting import machine_first, main_process_first
 
 def start(args: Any) -> accelerate.Accelerator:
     """The Accelerator, and libraries that keep quiet on all but the main process."""
-    log_with = trackers(getattr(args, "report_to", "none"))
+    log_with = list(getattr(args, "report_to", ()))
     for name in log_with:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name}: the package is not installed; pip install -e '.[{name}]'")
@@ -90,7 +82,7 @@ def splits_loader(args: Any) -> Callable[..., ImageSplits]:
     subset = SubsetRule(
         fraction=args.subset_fraction,
         per_class=args.subset_per_class,
-        classes=parse_subset_classes(args.subset_classes) if args.subset_classes else None,
+        classes=list(args.subset_classes) if args.subset_classes else None,
         seed=args.subset_seed,
     )
     names = ("dataset_config_name", "image_column_name", "label_column_name", "train_split", "eval_split")
@@ -115,7 +107,7 @@ def load_splits(args: RunArguments, accelerator: accelerate.Accelerator) -> Imag
 
 def make_preprocessing(
     args: Any,
-    image_size: int | list[int],
+    image_size: int | tuple[int, int],
     own: Preprocessing | None,
     sizes_of_images: Callable[[], list[tuple[int, int]]],
 ) -> Preprocessing:
@@ -125,7 +117,7 @@ def make_preprocessing(
         image_size: the model's.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    crop = parse_random_crop(getattr(args, "random_crop", "none"))
+    crop = getattr(args, "random_crop", RandomCrop())
     if crop.kind in ("padding", "simple") and crop.amount >= min(height, width):
         raise ArgumentError(
             f"--random_crop: a padding of {crop.amount:g} is not below the image's side of {min(height, width)} pixels"
@@ -137,8 +129,8 @@ def make_preprocessing(
         interpolation=args.interpolation,
         crop_pct=args.crop_pct,
         eval_resize=args.eval_resize,
-        image_mean=parse_channels("image_mean", getattr(args, "image_mean", None)),
-        image_std=parse_channels("image_std", getattr(args, "image_std", None)),
+        image_mean=getattr(args, "image_mean", None),
+        image_std=getattr(args, "image_std", None),
     )
 
 
@@ -170,7 +162,7 @@ def prepare(
 def loading_settings(args: Any) -> LoadingSettings:
     """How images come to the device."""
     return LoadingSettings(
-        num_workers=parse_num_workers(args.dataloader_num_workers),
+        num_workers=args.dataloader_num_workers,
         keep_decoded=getattr(args, "decoded_cache", "never") == "auto",
         keep_on_device=getattr(args, "data_on_device", "never") == "auto",
         on_bad_image=args.on_bad_image,
@@ -208,7 +200,7 @@ def make_train_batches(
         accelerator.device,
         loading_settings(args),
         faults,
-        crop=parse_random_crop(args.random_crop),
+        crop=args.random_crop,
         say=accelerator.print,
     )
     return machine_first(accelerator, make, "decoding the training images")
@@ -224,8 +216,7 @@ def make_augment(
 ) -> Augment:
     """The device side of the training transforms; `crop` is what is left to it, `first_step_of` an epoch is where mixing
     may end."""
-    randaugment = parse_randaugment(args.randaugment)
-    fill = OP_SETS[randaugment["ops"]].fill if randaugment else 0
+    fill = OP_SETS[args.randaugment.ops].fill if args.randaugment is not None else 0
     return Augment(
         seed=args.seed,
         num_classes=num_classes,
@@ -236,7 +227,7 @@ def make_augment(
         bicubic_crops=preprocessing.bicubic_crops,
         flip=args.random_flip,
         policies=make_policies(
-            randaugment=randaugment,
+            randaugment=args.randaugment,
             trivial=args.trivial_augment,
             three=args.three_augment,
             jitter=args.color_jitter,

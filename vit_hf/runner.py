@@ -19,7 +19,7 @@ import yaml
 import vit_hf
 from vit_hf.analysis.curves import learning_curves
 from vit_hf.analysis.gallery import figure_drawer
-from vit_hf.arguments import RunArguments, identity, saved_identity, write_run_config
+from vit_hf.arguments import RunArguments, changes, identity, write_run_config
 from vit_hf.data.faults import DataReport
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.names import ImageSplits
@@ -194,12 +194,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
 
 def check_same_run(args: RunArguments, folder: Path, before: dict[str, Any]) -> None:
     """Raises UserError, with the values that differ, where a folder belongs to another run."""
-    then, now = saved_identity(before), identity(args)
-    differ = [f"--{name} {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
-    if differ:
-        raise UserError(
-            f"{folder} belongs to another run ({'; '.join(differ[:5])}); choose another --output_dir, or remove it"
-        )
+    changes(before, identity(args), args.change, folder=folder)
 
 
 def is_finished(args: RunArguments, output_dir: Path) -> bool:

@@ -1,23 +1,20 @@
 """`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come; what is kept."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import (
-    CacheArguments,
-    PrepareArguments,
     RandomCrop,
     RunArguments,
-    ShowArguments,
     check_augmentation,
     check_loading,
     check_one_model,
     check_subset,
     parse,
-    parse_image_size,
-    parse_random_crop,
 )
+from vit_hf.arguments.fields import DatasetArguments, SubsetArguments, flag
 from vit_hf.errors import ArgumentError, UserError, nearest
 
 USAGE = """usage: vit-hf data COMMAND ...
@@ -27,6 +24,32 @@ commands:
   show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
   bench --config RECIPE                          images a second of the loader alone, on this machine
   cache [--clear] [--dataset_name NAME]          the sets that are kept decoded, or their end"""
+
+
+@dataclass
+class PrepareArguments(SubsetArguments, DatasetArguments):
+    """Flags of `vit-hf data prepare`."""
+
+    revision: str | None = flag(None, "branch, tag or commit of the Hub dataset")
+    output_dir: str | None = flag(None, "folder of the copy, to be used as --dataset_name")
+    shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
+    jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
+    num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
+
+
+@dataclass
+class CacheArguments:
+    """Flags of `vit-hf data cache`."""
+
+    clear: bool = flag(False, "remove them instead of listing them; what a running process uses stays")
+    dataset_name: str | None = flag(None, "only those of this set, as it was named when it was decoded")
+
+
+@dataclass
+class ShowArguments(RunArguments):
+    """Flags of `vit-hf data show`: those of a run, and the picture."""
+
+    output_file: str = flag("contact_sheet.png", "the picture")
 
 
 def main(argv: list[str]) -> None:
@@ -104,7 +127,7 @@ def show(argv: list[str]) -> None:
     from vit_hf.parts import model_errors, splits_loader
 
     with model_errors(args):
-        size = parse_image_size(args.image_size) or model_image_size(args)
+        size = args.image_size or model_image_size(args)
         own = model_preprocessing(args, size)
     splits = splits_loader(args)(streaming=args.streaming)
     originals, augmented, labels, targets = show_augmentation(args, splits, size, own)
@@ -122,11 +145,10 @@ def show(argv: list[str]) -> None:
 
 def model_image_size(args: RunArguments) -> Any:
     """The input of the model that the flags name, in pixels; 224 where they name none."""
-    from vit_hf.models.presets import parse_overrides, preset_config
+    from vit_hf.models.presets import preset_config
 
-    changes = parse_overrides(args.config_overrides)
-    if "image_size" in changes:
-        return changes["image_size"]
+    if "image_size" in args.config_overrides:
+        return args.config_overrides["image_size"]
     if args.preset is not None:
         return preset_config(args.preset).image_size
     if args.model_name_or_path is not None:
@@ -172,7 +194,6 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
 
     rows = splits.rows("train")
     preprocessing = make_preprocessing(args, size, own, functools.partial(sampled_sizes, rows))
-    crop = parse_random_crop(args.random_crop)
     device = torch.device("cpu")
     if isinstance(rows, ParquetRows):
         rows.held_rows = len(rows)  # the few that are shown are read once
@@ -180,13 +201,13 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
     make = functools.partial(
         open_batches, rows, preprocessing, device, settings, seed=args.seed, training=True, keep=False
     )
-    batches, plain = make(crop=crop), make()
+    batches, plain = make(crop=args.random_crop), make()
     augment = make_augment(  # the steps are counted in epochs: one of each is shown
         args,
         preprocessing,
         len(splits.class_names),
         device,
-        RandomCrop() if batches.crop.while_decoding else crop,
+        RandomCrop() if batches.crop.while_decoding else args.random_crop,
         first_step_of=lambda epoch: epoch,
     )
     mean, std = (numbers[:, None, None] for numbers in (augment.mean, augment.std))

@@ -11,8 +11,6 @@ from vit_hf.arguments import (
     check_one_model,
     check_subset,
     parse,
-    parse_image_size,
-    parse_random_crop,
 )
 from vit_hf.commands.data import model_image_size, model_preprocessing
 from vit_hf.errors import ArgumentError
@@ -46,7 +44,7 @@ def bench(argv: list[str]) -> None:
     keep_freed_memory()  # as a run does
 
     with model_errors(args):
-        size = parse_image_size(args.image_size) or model_image_size(args)
+        size = args.image_size or model_image_size(args)
         own = model_preprocessing(args, size)
     splits = splits_loader(args)(streaming=args.streaming)
     rows = splits.rows("train")
@@ -61,7 +59,7 @@ def bench(argv: list[str]) -> None:
         device,
         loading_settings(args),
         Faults(),
-        crop=parse_random_crop(args.random_crop),
+        crop=args.random_crop,
     )
     augment = make_augment(
         args, preprocessing, len(splits.class_names), device, crop, first_step_of=lambda epoch: 1 + epoch

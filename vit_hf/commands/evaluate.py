@@ -1,13 +1,37 @@
 """`vit-hf evaluate`: accuracy and loss of a model on a split of a set."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vit_hf.arguments import EvaluateArguments, parse, parse_num_workers
+from vit_hf.arguments import parse
+from vit_hf.arguments.fields import (
+    DatasetArguments,
+    GivenModelArguments,
+    LoadingArguments,
+    PreprocessingArguments,
+    WaitingArguments,
+    flag,
+)
 from vit_hf.errors import ArgumentError, UserError
+
+
+@dataclass
+class EvaluateArguments(
+    WaitingArguments, PreprocessingArguments, LoadingArguments, DatasetArguments, GivenModelArguments
+):
+    """Flags of `vit-hf evaluate`; the model is positional."""
+
+    output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
+    split_seed: int | None = flag(
+        None,
+        "which images are held out of a set without an evaluation split (default: the run's)",
+        low=0,
+        high=2**32 - 1,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -15,7 +39,6 @@ def main(argv: list[str]) -> None:
     args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=main.__doc__, positional="model")
     if args.dataset_name is None:
         raise ArgumentError("--dataset_name is missing")
-    parse_num_workers(args.dataloader_num_workers)
     from vit_hf.data.faults import DataReport
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.data.sets.load import load_image_splits

@@ -1,12 +1,32 @@
 """`vit-hf figures`: what a model has learned and where it looks, drawn for some images."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_hf.arguments import FiguresArguments, parse, parse_image_size
+from vit_hf.arguments import parse
+from vit_hf.arguments.fields import GivenModelArguments, PreprocessingArguments, flag
+from vit_hf.arguments.values import IMAGE_SIZE
 from vit_hf.errors import ArgumentError, UserError
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+@dataclass
+class FiguresArguments(PreprocessingArguments, GivenModelArguments):
+    """Flags of `vit-hf figures`; the model is positional."""
+
+    images: list[str] | None = flag(None, "image files, or folders of them, to look at (default: images of a set)")
+    dataset_name: str | None = flag(None, "set to take images of: a name, a Hub id or a folder (default: digits)")
+    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset, or options of fractal")
+    image_column_name: str | None = flag(None, "image column (default: found by its type)")
+    label_column_name: str | None = flag(None, "label column (default: found by its type)")
+    eval_split: str | None = flag(None, "split to take images of (default: test, or validation)")
+    num_images: int = flag(8, "most images that are taken of a set or of a folder", low=1)
+    image_size: int | tuple[int, int] | None = flag(
+        None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)", kind=IMAGE_SIZE
+    )
+    output_dir: str | None = flag(None, "folder for the figures and index.html")
 
 
 def main(argv: list[str]) -> None:
@@ -16,7 +36,6 @@ def main(argv: list[str]) -> None:
         raise ArgumentError("--output_dir is missing")
     if args.images is not None and args.dataset_name is not None:
         raise ArgumentError("give only one of --images and --dataset_name")
-    size = parse_image_size(args.image_size)
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
@@ -44,7 +63,7 @@ def main(argv: list[str]) -> None:
             )
         if model.config.num_channels != 3:
             raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
-        preprocessing = own_at_size(args, model.config, size)
+        preprocessing = own_at_size(args, model.config)
     images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with model_errors(args):
@@ -78,14 +97,14 @@ def image_files(names: list[str], most: int) -> list[Path]:
     return files
 
 
-def own_at_size(args: FiguresArguments, config: Any, size: Any) -> Any:
+def own_at_size(args: FiguresArguments, config: Any) -> Any:
     """The model's own, at its size or the one asked for; of a model that says nothing both sides are resized. Raises
     ValueError where a ViT's patches do not divide the size."""
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
     from vit_hf.parts import make_preprocessing
 
-    height, width = pair(size or config.image_size)
+    height, width = pair(args.image_size or config.image_size)
     stride = getattr(config, "token_stride", (1, 1))
     if height % stride[0] or width % stride[1]:
         raise ValueError(
@@ -93,7 +112,7 @@ def own_at_size(args: FiguresArguments, config: Any, size: Any) -> Any:
             + ("x".join(map(str, stride)) if stride[0] != stride[1] else str(stride[0]))
         )
     own = own_preprocessing(args.model, args.revision, pair(config.image_size))
-    return make_preprocessing(args, [height, width], own, lambda: [])  # the few images that are drawn decide nothing
+    return make_preprocessing(args, (height, width), own, lambda: [])  # the few images that are drawn decide nothing
 
 
 def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
