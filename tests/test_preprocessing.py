@@ -13,7 +13,7 @@ from transformers import pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.runs import in_process
-from vit_hf.arguments import RunArguments, check
+from vit_hf.arguments import RandomCrop, RunArguments, check
 from vit_hf.cli import dispatch
 from vit_hf.data.preprocessing import (
     Preprocessing,
@@ -251,9 +251,9 @@ def test_steps_of_timm_that_are_others_are_refused(fields):
 
 def test_random_interpolation_is_for_resized_crops():
     flags = dict(preset="x", max_steps=1, dataset_name="digits", output_dir="x", interpolation="random")
-    check(RunArguments(**flags, random_crop="scale=0.3"))
+    check(RunArguments(**flags, random_crop=RandomCrop("scale", 0.3)))
     with pytest.raises(ArgumentError, match="--interpolation: random .*--random_crop padding=4"):
-        check(RunArguments(**flags, random_crop="padding=4"))
+        check(RunArguments(**flags, random_crop=RandomCrop("padding", 4)))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def model_errors(where: str, *, from_flags: bool = False) -> typing.Iterator[Non
         raise (ArgumentError if from_flags else UserError)(f"{where}: {' '.join(str(error).split())}") from None
     except Exception as error:
         libraries = ("safetensors", "huggingface_hub", "httpx")
-        if not isinstance(error, OSError | KeyError | RuntimeError) and not type(error).__module__.startswith(libraries):
+        if not isinstance(error, OSError | KeyError | RuntimeError) and not type(error).__module__.startswith(
+            libraries
+        ):
             raise
         raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
 

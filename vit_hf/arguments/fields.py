@@ -1,6 +1,7 @@
 """The flags, by topic: each with its help, its range, and whether it may change when a run goes on.
 
-A command's own flags stand with the command, and borrow from here what they share.
+A command's own flags stand with the command, and borrow from here what they share. Of the bases of a dataclass the last
+comes first, in --help and in run_config.yaml.
 """
 
 import dataclasses
@@ -141,7 +142,7 @@ class PreprocessingArguments:
 
 
 @dataclass
-class DataArguments(DatasetArguments, LoadingArguments, SubsetArguments, PreprocessingArguments):
+class DataArguments(PreprocessingArguments, SubsetArguments, LoadingArguments, DatasetArguments):
     """What is done to each image."""
 
     decoded_cache: Literal["auto", "never"] = flag(
@@ -331,5 +332,5 @@ class HubArguments:
 
 
 @dataclass
-class RunArguments(ModelArguments, DataArguments, TrainArguments, CourseArguments, WaitingArguments, HubArguments):
+class RunArguments(HubArguments, WaitingArguments, CourseArguments, TrainArguments, DataArguments, ModelArguments):
     """All flags of run_pretrain.py and run_finetune.py, flat."""

@@ -212,7 +212,7 @@ def _parser(cls: type, prog: str, description: str, positional: str | None) -> P
             continue
         base = groups[item.name]
         group = titles.setdefault(
-            base, parser.add_argument_group(base.__doc__.strip()) if base not in titles else None
+            base, parser.add_argument_group(base.__doc__.strip().rstrip(".")) if base not in titles else None
         )
         metavar, extra = _form(item)
         text, default = item.metadata["help"].replace("%", "%%"), plain_of(item, default_of(item))

@@ -1,15 +1,13 @@
 """`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come; what is kept."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import (
-    CacheArguments,
-    PrepareArguments,
     RandomCrop,
     RunArguments,
-    ShowArguments,
     check_augmentation,
     check_loading,
     check_one_model,
@@ -17,6 +15,7 @@ from vit_hf.arguments import (
     parse,
     pick,
 )
+from vit_hf.arguments.fields import DatasetArguments, SubsetArguments, flag
 from vit_hf.errors import ArgumentError, UserError, model_errors, nearest
 
 USAGE = """usage: vit-hf data COMMAND ...
@@ -26,6 +25,32 @@ commands:
   show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
   bench --config RECIPE                          images a second of the loader alone, on this machine
   cache [--clear] [--dataset_name NAME]          the sets that are kept decoded, or their end"""
+
+
+@dataclass
+class PrepareArguments(SubsetArguments, DatasetArguments):
+    """Flags of `vit-hf data prepare`."""
+
+    revision: str | None = flag(None, "branch, tag or commit of the Hub dataset")
+    output_dir: str | None = flag(None, "folder of the copy, to be used as --dataset_name")
+    shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
+    jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
+    num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
+
+
+@dataclass
+class CacheArguments:
+    """Flags of `vit-hf data cache`."""
+
+    clear: bool = flag(False, "remove them instead of listing them; what a running process uses stays")
+    dataset_name: str | None = flag(None, "only those of this set, as it was named when it was decoded")
+
+
+@dataclass
+class ShowArguments(RunArguments):
+    """Flags of `vit-hf data show`: those of a run, and the picture."""
+
+    output_file: str = flag("contact_sheet.png", "the picture")
 
 
 def main(argv: list[str]) -> None:
@@ -126,8 +151,8 @@ def model_input(args: RunArguments) -> tuple[tuple[int, int], Any]:
 
     source = args.model_name_or_path
     with model_errors(f"model {source}" if source else f"--preset {args.preset}", from_flags=source is None):
-        published = published_image_size(args.preset, source, args.revision)
-        size = pair(args.image_size or args.config_overrides.get("image_size") or published)
+        asked = args.image_size or args.config_overrides.get("image_size")
+        size = pair(asked) if asked else published_image_size(args.preset, source, args.revision)
         return size, own_preprocessing(source, args.revision, size)
 
 

@@ -2,11 +2,35 @@
 
 import dataclasses
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_hf.arguments import EvaluateArguments, parse, pick
+from vit_hf.arguments import parse, pick
+from vit_hf.arguments.fields import (
+    DatasetArguments,
+    GivenModelArguments,
+    LoadingArguments,
+    PreprocessingArguments,
+    WaitingArguments,
+    flag,
+)
 from vit_hf.errors import ArgumentError, UserError, model_errors
+
+
+@dataclass
+class EvaluateArguments(
+    WaitingArguments, PreprocessingArguments, LoadingArguments, DatasetArguments, GivenModelArguments
+):
+    """Flags of `vit-hf evaluate`; the model is positional."""
+
+    output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
+    split_seed: int | None = flag(
+        None,
+        "which images are held out of a set without an evaluation split (default: the run's)",
+        low=0,
+        high=2**32 - 1,
+    )
 
 
 def main(argv: list[str]) -> None:

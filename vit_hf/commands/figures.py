@@ -1,12 +1,32 @@
 """`vit-hf figures`: what a model has learned and where it looks, drawn for some images."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_hf.arguments import FiguresArguments, parse, pick
+from vit_hf.arguments import parse, pick
+from vit_hf.arguments.fields import GivenModelArguments, PreprocessingArguments, flag
+from vit_hf.arguments.values import IMAGE_SIZE
 from vit_hf.errors import ArgumentError, UserError, model_errors
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+@dataclass
+class FiguresArguments(PreprocessingArguments, GivenModelArguments):
+    """Flags of `vit-hf figures`; the model is positional."""
+
+    images: list[str] | None = flag(None, "image files, or folders of them, to look at (default: images of a set)")
+    dataset_name: str | None = flag(None, "set to take images of: a name, a Hub id or a folder (default: digits)")
+    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset, or options of fractal")
+    image_column_name: str | None = flag(None, "image column (default: found by its type)")
+    label_column_name: str | None = flag(None, "label column (default: found by its type)")
+    eval_split: str | None = flag(None, "split to take images of (default: test, or validation)")
+    num_images: int = flag(8, "most images that are taken of a set or of a folder", low=1)
+    image_size: int | tuple[int, int] | None = flag(
+        None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)", kind=IMAGE_SIZE
+    )
+    output_dir: str | None = flag(None, "folder for the figures and index.html")
 
 
 def main(argv: list[str]) -> None:

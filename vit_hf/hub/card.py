@@ -1,13 +1,12 @@
 """The model card: what the folder is, how it was made and measured, with the Hub's metadata."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from vit_hf.arguments import RunArguments, without_paths
+from vit_hf.arguments import RunArguments, plain, without_paths
 from vit_hf.data.sets.names import HUB_SETS
 
 KINDS = {"vit_hf": "Vision Transformer", "vit_hf_resnet": "ResNet", "vit_hf_bit": "BiT ResNet"}
@@ -22,8 +21,7 @@ def write_card(
         name: of the repository, or of the folder.
         resolved: the derived values of run_config.yaml. results: all_results.json. config: the model's configuration.
     """
-    told = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
-    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    told, defaults = plain(args), plain(type(args)())
     private = ("output_dir", "hub_model_id", "push_to_hub", "hub_private_repo")
     run = without_paths({key: told[key] for key in told if told[key] != defaults[key] and key not in private})
     dataset = args.dataset_name

@@ -66,7 +66,13 @@ def resolve(
 
 
 def describe(
-    resolved: dict[str, Any], *, preset: str | None, model: str | None, dataset: str, plan: BatchPlan, schedule: Schedule
+    resolved: dict[str, Any],
+    *,
+    preset: str | None,
+    model: str | None,
+    dataset: str,
+    plan: BatchPlan,
+    schedule: Schedule,
 ) -> str:
     """The lines that say what will be run."""
     lines = [

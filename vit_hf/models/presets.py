@@ -2,11 +2,9 @@
 
 import dataclasses
 import difflib
-import re
 from typing import Any
 
 import transformers
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from .baselines import BASELINES, BitForImageClassification, ResNetForImageClassification
@@ -107,34 +105,12 @@ def preset_config(name: str, changes: dict[str, Any] | None = None, **labels: An
 
 def make_config(config_class: type, fields: dict[str, Any]) -> transformers.PreTrainedConfig:
     """A configuration; raises ValueError for a value of the wrong type too, which its base class does in its own way."""
+    if isinstance(fields.get("image_size"), tuple):
+        fields = {**fields, "image_size": list(fields["image_size"])}  # as JSON has it
     try:
         return config_class(**fields)
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split("TypeError:")[-1].split())) from None
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`"drop_path_rate=0.1,stem_depths=[2,2]"` -> {field: value}, values as YAML reads them.
-
-    Raises:
-        ValueError: a part that is not NAME=VALUE.
-    """
-    overrides = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # not at the commas of a list
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not name or not equals or not value:
-            raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE") from None
-        if isinstance(parsed, str):  # YAML reads 1e-6 as text
-            try:
-                parsed = float(parsed)
-            except ValueError:
-                parsed = None if parsed.lower() == "none" else parsed
-        overrides[name] = parsed
-    return overrides
 
 
 def checked_overrides(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:

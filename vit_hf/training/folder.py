@@ -70,9 +70,7 @@ class Folder:
         return [(one["step"], one["total_steps"]) for one in self.changed if set(LENGTHS) & set(one["flags"])]
 
 
-def open_folder(
-    accelerator: accelerate.Accelerator, path: Path, resume_from: str, differences: Differences
-) -> Folder:
+def open_folder(accelerator: accelerate.Accelerator, path: Path, resume_from: str, differences: Differences) -> Folder:
     """Looks at an output folder and decides what this start does; changes nothing in it.
 
     Args:
@@ -172,7 +170,9 @@ def resume(state: TrainState, folder: Folder, record: dict[str, Any]) -> None:
     then, now = folder.manifest["exactness"], record["exactness"]
     why = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
     accelerator, step = state.accelerator, folder.step
-    accelerator.print(f"resuming from {folder.checkpoint}, " + (f"not to the bit: {'; '.join(why)}" if why else "exactly"))
+    accelerator.print(
+        f"resuming from {folder.checkpoint}, " + (f"not to the bit: {'; '.join(why)}" if why else "exactly")
+    )
     news = folder.changed[-1] if len(folder.changed) > len(folder.manifest.get("changed", [])) else None
     if news is not None:
         told = "; ".join(f"--{name} {old} until then, {new} now" for name, (old, new) in news["flags"].items())

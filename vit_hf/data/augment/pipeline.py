@@ -5,7 +5,7 @@ What is drawn for a sample is drawn on the host from its key (randomness.py); th
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def make_augment(
         bicubic_crops=preprocessing.bicubic_crops,
         flip=settings.random_flip,
         policies=make_policies(
-            randaugment=None if randaugment is None else asdict(randaugment),
+            randaugment=randaugment,
             trivial=settings.trivial_augment,
             three=settings.three_augment,
             jitter=settings.color_jitter,
