@@ -181,9 +181,7 @@ def _is_description(value: Any) -> bool:
 
 
 def _is_scaler(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(type(v) is bool or _is_number(v) for v in value.values())
-    )
+    return value is None or (isinstance(value, dict) and all(type(v) is bool or _is_number(v) for v in value.values()))
 
 
 # name -> (what its value has to be, in words)
@@ -213,7 +211,9 @@ def _check_format(manifest: dict[str, Any]) -> None:
                 "starts anew in another --output_dir"
             )
     if type(found) is int and found > FORMAT:
-        raise OtherFormat(f"a newer vit_hf{f' ({version})' if version else ''} wrote it in format {found}; update vit_hf")
+        raise OtherFormat(
+            f"a newer vit_hf{f' ({version})' if version else ''} wrote it in format {found}; update vit_hf"
+        )
     was = f"is {_short(found)}" if "format" in manifest else "is missing"
     raise BrokenCheckpoint(f"manifest.json: format {was}, it should be {FORMAT}")
 
@@ -228,8 +228,12 @@ def _check_files(folder: Path, files: dict[str, Any]) -> None:
         if not _is_description(description):
             raise BrokenCheckpoint(f"manifest.json: {_short(name)} has {_short(description)} for its bytes and sha256")
     shards = [match for name in files if (match := SHARD.fullmatch(name))]
-    expected = {shard_name(rank, int(shards[0][2])) for rank in range(min(int(shards[0][2]), 99999))} if shards else set()
-    missing = sorted({"model.safetensors", *expected} - set(files)) or ([] if shards else ["training_state-...safetensors"])
+    expected = (
+        {shard_name(rank, int(shards[0][2])) for rank in range(min(int(shards[0][2]), 99999))} if shards else set()
+    )
+    missing = sorted({"model.safetensors", *expected} - set(files)) or (
+        [] if shards else ["training_state-...safetensors"]
+    )
     if missing or len(shards) != len(expected):
         raise BrokenCheckpoint(f"manifest.json: files lists no {missing[0]}" if missing else
                                "manifest.json: files lists the training state of two checkpoints")  # fmt: skip
