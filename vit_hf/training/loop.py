@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_hf.training import checkpoint
+from vit_hf.errors import UserError
 from vit_hf.training.accelerator import seed_micro_step, share_buffers, zero_stage
-from vit_hf.training.checkpoint import TrainState
+from vit_hf.training.checkpoint import Checkpoints
 from vit_hf.training.guards import SignalGuard, StoppedBySignal, not_finite, out_of_memory
 from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
+from vit_hf.training.state import TrainState
 from vit_hf.training.tracking import Tracker, append_event, peak_memory_bytes
 
 Batch = dict[str, Tensor]
@@ -35,7 +36,7 @@ class LoopSettings:
     logging_steps: int
     eval_steps: int | None
     save_steps: int | None
-    save_total_limit: int | None
+    checkpoints: Checkpoints
     log_figures_steps: int | None = None
 
 
@@ -122,6 +123,7 @@ def train(
                         "learning_rate": learning_rate,
                         "grad_norm": last_norm,
                         **speed,
+                        "save_stall_seconds": tracker.stall(),
                         "peak_memory_bytes": peak_memory_bytes(device),
                         **_spent(done, plan, settings, training_flops_per_image),
                         **extra_metrics(speed),
@@ -130,23 +132,28 @@ def train(
                 window_loss.zero_()
                 window_start = done
             if stop:  # who stops us may not wait for an evaluation
-                _save(state, settings, done, tracker)
+                _save(settings, done, tracker)
             if schedule.is_due(done, settings.eval_steps):
                 measured = _evaluate(state, evaluate, tracker)
                 spent = _spent(done, plan, settings, training_flops_per_image)
                 tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured, **spent})
             if save_due and not stop:
-                _save(state, settings, done, tracker)
+                _save(settings, done, tracker)
             if draw is not None and not stop and schedule.is_due(done, settings.log_figures_steps):
                 _draw(state, settings, done, draw, tracker)
             if stop:
+                if why := settings.checkpoints.wait():
+                    raise UserError(f"stopped by a signal, and checkpoint-{done} could not be written: {why}")
                 number = guard.received or signal.SIGTERM  # another process may have been the one that received it
                 if accelerator.is_main_process:
                     append_event(settings.output_dir, "signal", signal=signal.Signals(number).name, step=done)
                 raise StoppedBySignal(number, done)
+        if why := settings.checkpoints.wait():
+            accelerator.print(f"warning: the run ends without checkpoint-{schedule.total_steps}: {why}")
     except torch.OutOfMemoryError:
         raise out_of_memory(plan.micro_batch_size, engine.training) from None
     finally:
+        settings.checkpoints.close()
         guard.release()
         tracker.close()
 
@@ -189,12 +196,11 @@ def _spent(
     return spent if training_flops_per_image is None else spent | {"training_flops": training_flops_per_image * images}
 
 
-def _save(state: TrainState, settings: LoopSettings, done: int, tracker: Tracker) -> None:
+def _save(settings: LoopSettings, done: int, tracker: Tracker) -> None:
     """Writes a checkpoint that says how long the run has taken so far."""
     record = {**settings.record, "wall_time_seconds": round(time.perf_counter() - settings.start_time, 2)}
-    share_buffers(state.accelerator, state.model)
     with tracker.pause():
-        checkpoint.save(state, settings.output_dir, done, record, settings.save_total_limit)
+        tracker.add_stall(settings.checkpoints.save(done, record))
 
 
 def _clip(state: TrainState, max_grad_norm: float) -> Tensor | None:

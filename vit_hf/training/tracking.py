@@ -78,6 +78,7 @@ class Tracker:
         self._window_start = time.perf_counter()
         self._paused = 0.0
         self._waited = 0.0
+        self._stall = 0.0
 
     def step(self) -> None:
         """Counts a step on the progress bar."""
@@ -86,6 +87,15 @@ class Tracker:
     def add_wait(self, seconds: float) -> None:
         """Time the step spent waiting for data."""
         self._waited += seconds
+
+    def add_stall(self, seconds: float) -> None:
+        """Time that training stood still for a checkpoint."""
+        self._stall += seconds
+
+    def stall(self) -> float:
+        """Seconds of it since this was last asked."""
+        seconds, self._stall = self._stall, 0.0
+        return round(seconds, 4)
 
     def pause(self) -> "_Pause":
         """A context whose time is not training time (evaluation, saving)."""
