@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_hf.training import checkpoint
+from vit_hf.training.actions import Action
 from vit_hf.training.accelerator import seed_micro_step, share_buffers, zero_stage
 from vit_hf.training.checkpoint import TrainState
 from vit_hf.training.guards import SignalGuard, StoppedBySignal, not_finite, out_of_memory
@@ -23,54 +24,46 @@ from vit_hf.training.tracking import Tracker, append_event, peak_memory_bytes
 Batch = dict[str, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoopSettings:
-    """How often things happen, and what the run is called in its checkpoints."""
+    """What a start of a run needs beside its schedule.
+
+    Args:
+        start_time: time.perf_counter() at the start of the run, less the time of earlier starts.
+        max_grad_norm: 0: gradients are not clipped.
+        first_step: of this start; the steps before it were done by earlier ones.
+        training_flops_per_image: operations of an image's forward and backward pass, where they are known.
+    """
 
     output_dir: Path
-    record: dict[str, Any]  # goes into each checkpoint's manifest
-    start_time: float  # time.perf_counter() at the start of the run, less the time of earlier starts
+    start_time: float
     seed: int
     max_grad_norm: float
-    logging_steps: int
-    eval_steps: int | None
-    save_steps: int | None
-    save_total_limit: int | None
-    log_figures_steps: int | None = None
+    first_step: int = 0
+    training_flops_per_image: float | None = None
 
 
 def train(
     state: TrainState,
     batches: Iterator[Batch],
-    *,
     plan: BatchPlan,
     schedule: Schedule,
     settings: LoopSettings,
     augment: Callable[[Batch, int, int, int], tuple[Tensor, Tensor]],
-    objective: Callable[[torch.nn.Module, Tensor, Tensor], Tensor],
-    evaluate: Callable[[], dict[str, float]],
-    extra_metrics: Callable[[dict[str, float]], dict[str, Any]] = lambda speed: {},
-    mfu_scale: float | None = None,
-    training_flops_per_image: float | None = None,
-    draw: Callable[[int], dict[str, np.ndarray]] | None = None,
-    first_step: int = 0,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    actions: Sequence[Action],
 ) -> None:
-    """Trains from `first_step` to the end of the schedule, writing metrics.jsonl and checkpoints as it goes.
+    """Trains from `settings.first_step` to the end of the schedule, and does what falls due on its way.
 
     Args:
         batches: one micro-batch of this process after the other, on the device, from `first_step` on.
         augment: (batch, step, micro_step, rank) -> pixel_values float (B, C, H, W), targets float (B, K).
-        objective: (model, pixel_values, targets) -> mean loss.
-        evaluate: called on all processes; its numbers make a line of metrics.jsonl.
-        extra_metrics: more numbers for each log line; handed what its window measured of the speed.
-        mfu_scale: model FLOPs utilisation for each image a second, where it is known.
-        training_flops_per_image: operations of an image's forward and backward pass, where they are known.
-        draw: given to the process that draws; called with the step, gives pictures uint8 (H, W, 3) by name, and leaves the
-            model and all random generators as they were.
+        objective: (logits fp32 (B, K), targets) -> mean loss; torch.nn.functional.cross_entropy takes soft targets.
+        actions: those that are due after a step run in the order of this list: Log, Save, Evaluate, Draw.
 
     Raises:
-        StoppedBySignal: SIGTERM or Ctrl-C came; the checkpoint is written.
-        UserError: the loss is not finite, or the device is full.
+        StoppedBySignal: a signal came; the checkpoint is written.
+        UserError: the loss, the gradients or the weights are not finite, or the device is full.
     """
     accelerator, engine, optimizer = state.accelerator, state.engine, state.optimizer
     rank, device = accelerator.process_index, accelerator.device

@@ -86,15 +86,30 @@ class Schedule:
         """The first step that holds no image of an earlier epoch; epochs count from 0."""
         return math.ceil(epoch * self.num_samples / self.global_batch_size)
 
-    def is_due(self, steps: int, every: int | None) -> bool:
-        """Whether something that happens every so many steps (None: once an epoch) happens after `steps` steps; at
-        the last step everything does."""
-        if steps == self.total_steps:
-            return True
-        if every is not None:
-            return steps % every == 0
-        seen = steps * self.global_batch_size
-        return seen // self.num_samples > (seen - self.global_batch_size) // self.num_samples
+    def cadence(self, every: int | None, most: int = 100) -> "Cadence":
+        """When something happens: every so many steps; None: once an epoch, or every second, third, ... epoch where it
+        would be more than `most` times in the run."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """The steps after which something happens: always the last one, before it those that end a period.
+
+    Args:
+        every: the period, in units (steps or images).
+        unit: units a step.
+        total_steps: the last step.
+    """
+
+    every: int
+    unit: int
+    total_steps: int
+
+    def is_due(self, steps: int) -> bool:
+        """Whether it happens after `steps` steps."""
+        seen = steps * self.unit
+        return steps == self.total_steps or seen // self.every > (seen - self.unit) // self.every
 
 
 def make_schedule(

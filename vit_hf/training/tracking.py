@@ -139,3 +139,17 @@ class _Pause:
 
     def __exit__(self, *_):
         self._tracker._paused += time.perf_counter() - self._start
+
+
+def open_trackers(
+    accelerator: accelerate.Accelerator, output_dir: Path, run_name: str, config: dict[str, Any], first_step: int = 0
+) -> None:
+    """Starts accelerate's trackers, each for itself: one that is down, now or later, is one warning and one event. A run
+    that is resumed goes on in the same tracker run: what identifies it is kept in OUTPUT_DIR/trackers.json.
+
+    Args:
+        run_name: what a new run is called there.
+        config: its hyper-parameters by name.
+        first_step: where this start begins.
+    """
+    raise NotImplementedError
