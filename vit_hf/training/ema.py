@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights and of BatchNorm's statistics, kept in fp32 beside the model."""
+"""An exponential moving average of the weights and of BatchNorm's statistics, kept in fp32 beside them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,20 +6,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from vit_hf.training.partition import Partition
+
 
 class EMA:
     """average = decay x average + (1 - decay) x weights, after every step; so for the statistics of BatchNorm, which
-    belong to the weights that they were collected with.
+    belong to the weights that they were collected with. Each process averages its own share of the fp32 masters, so it
+    works under every partition; the average of a whole weight is `partition.full_weight` within `in_place`. Frozen
+    weights are their own average.
 
-    Source: Polyak averaging as in arXiv 1512.00567, section 8. Starts from the initial weights.
+    Source: Polyak averaging as in arXiv 1512.00567, section 8. Starts from the weights as they are.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, partition: Partition, model: nn.Module, decay: float):
         self.decay = decay
-        averaged = dict(model.named_parameters())
-        saved = model.state_dict()  # not what is computed: a table of sines stays as it is
-        averaged |= {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
-        self._names, self._weights = list(averaged), [tensor.detach() for tensor in averaged.values()]
+        self._partition = partition
+        self._weights = partition.masters() + list(averaged_buffers(model).values())
         self._averages = [weight.clone().float() for weight in self._weights]
 
     @torch.no_grad()
@@ -27,20 +29,30 @@ class EMA:
         """Takes the weights of the step just made into the average."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """The average becomes what masters and buffers now hold. A resume writes the averages into the partition, calls
+        this, and then writes the weights themselves."""
+        torch._foreach_copy_(self._averages, self._weights)
+
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within this context the model holds the average; its own weights come back afterwards, to the bit."""
+        """Within this context masters, buffers and the model hold the average; their own values come back afterwards, to
+        the bit. Collective where processes hold shares."""
         saved = [weight.clone() for weight in self._weights]
-        torch._foreach_copy_(self._weights, self._averages)
+        self._write(self._averages)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._weights, saved)
+            self._write(saved)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """{parameter name: fp32 average}"""
-        return dict(zip(self._names, self._averages, strict=True))
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._weights, values)
+        self._partition.refresh()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over averages written by `state_dict`."""
-        torch._foreach_copy_(self._averages, [state[name].to(self._averages[0].device) for name in self._names])
+
+def averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """{name: buffer} that is averaged: what is saved and not computed (a table of sines stays as it is)."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}

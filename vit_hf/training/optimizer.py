@@ -1,6 +1,7 @@
 """Which parameters are decayed and at what rate they learn, and the optimizer over them."""
 
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -8,6 +9,18 @@ from torch import nn
 # the only parameters of more than one dimension that are no weights of a layer
 NEVER_DECAYED = ("cls_token", "register_tokens", "position_embeddings", "relative_position_bias_table", "probe")
 LAYER = re.compile(r"vit\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What the recipe says of the optimizer."""
+
+    optim: str  # adamw or sgd
+    learning_rate: float  # the peak
+    weight_decay: float = 0.0
+    layer_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    momentum: float = 0.9  # SGD's
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -35,14 +48,12 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
     return list(groups.values())
 
 
-def make_optimizer(
-    groups: list[dict], *, optim: str, learning_rate: float, betas: tuple[float, float], momentum: float
-) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or SGD with momentum (the paper's fine-tuning, appendix B.1.1)."""
-    if optim == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+    if settings.optim == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # one kernel over all parameters
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -1,0 +1,176 @@
+"""What each process holds of the weights and of the optimizer's state, by parameter name: one face for one process, DDP,
+DeepSpeed's ZeRO stages and FSDP2. Checkpoints, the moving average and the finite check are written against it.
+
+A parameter's name is the one it has in the model as it was built. Weights and moments come out and go in whole and in
+fp32, one tensor at a time, so that the memory stays at one tensor above a process's share. This module must not know
+about files.
+"""
+
+from typing import Any
+
+import accelerate
+import torch
+from torch import Tensor, nn
+
+MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+Scaler = dict[str, float | int | bool]
+
+
+class Partition:
+    """The face. `full_*` and `set_*` are collective: every process calls them, with the same name at the same time.
+
+    Frozen parameters have weights, but no master and no moments.
+    """
+
+    name: str  # single, ddp, zero1, zero2, zero3 or fsdp2
+
+    def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
+        """
+        Args:
+            model: as it was built, after `accelerator.prepare`.
+            optimizer: as `accelerator.prepare` returned it.
+        """
+        self._accelerator = accelerator
+        self._optimizer = optimizer
+        self._parameters = dict(model.named_parameters())
+
+    def parameter_names(self) -> list[str]:
+        """All parameters, trainable and frozen, in the order of model.named_parameters()."""
+        return list(self._parameters)
+
+    def trainable_names(self) -> list[str]:
+        """Those of them that the optimizer updates."""
+        return [name for name, parameter in self._parameters.items() if parameter.requires_grad]
+
+    def moment_keys(self) -> tuple[str, ...]:
+        """The tensors that the optimizer keeps for each trainable parameter."""
+        base = self._base_optimizer()
+        if type(base).__name__ == "SGD":
+            return MOMENTS["SGD"] if any(group["momentum"] for group in base.param_groups) else ()
+        return MOMENTS["AdamW"]
+
+    def masters(self) -> list[Tensor]:
+        """The live fp32 tensors that this process's optimizer updates: its share of the trainable weights. The list and
+        the storages stay the same for the whole run; after writing into them call `refresh`."""
+        raise NotImplementedError
+
+    def full_weight(self, name: str) -> Tensor:
+        """A whole weight in fp32, on the device. It may be the live tensor: copy it before the next step."""
+        raise NotImplementedError
+
+    def full_moment(self, name: str, key: str) -> Tensor:
+        """A whole moment in fp32, on the device; zeros before the first step. It may be the live tensor.
+
+        Args:
+            key: one of `moment_keys`.
+        """
+        raise NotImplementedError
+
+    def optimizer_steps(self) -> int:
+        """How many updates AdamW has counted; 0 for SGD, which does not count."""
+        raise NotImplementedError
+
+    def set_weight(self, name: str, tensor: Tensor) -> None:
+        """Writes a whole weight (on the CPU, the same on all processes) into the masters. Call `refresh` after the last."""
+        raise NotImplementedError
+
+    def set_moment(self, name: str, key: str, tensor: Tensor) -> None:
+        """Writes a whole moment (on the CPU, the same on all processes), before the first step too."""
+        raise NotImplementedError
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Sets AdamW's count of updates, from which its bias correction follows; nothing for SGD."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Lets the low-precision copies and the replicas follow the masters."""
+
+    def scaler_state(self) -> Scaler | None:
+        """The fp16 loss scaler's plain numbers; None where there is no scaler."""
+        scaler = self._accelerator.scaler
+        return scaler.state_dict() if scaler is not None and scaler.is_enabled() else None
+
+    def load_scaler_state(self, state: Scaler) -> None:
+        """Takes over what `scaler_state` gave; nothing where there is no scaler."""
+        scaler = self._accelerator.scaler
+        if scaler is not None and scaler.is_enabled():
+            scaler.load_state_dict(state)
+
+    def clip(self, max_grad_norm: float) -> Tensor:
+        """Clips the gradients where the engine has not done it, between the last backward and the optimizer's step.
+
+        Args:
+            max_grad_norm: 0 does not clip.
+
+        Returns:
+            The norm before, a scalar fp32 on the device; NaN or infinite where a gradient is.
+        """
+        raise NotImplementedError
+
+    def finite(self) -> Tensor:
+        """1.0 where all masters of this process are finite, else 0.0: a scalar fp32 on the device, without a host sync.
+        Processes hold different shares: reduce it (the mean or the least over all)."""
+        largest = torch._foreach_norm(self.masters(), float("inf"))  # NaN and infinity go through a maximum
+        return torch.stack(largest).isfinite().all().float()
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """torch's own optimizer, under what accelerate and DeepSpeed put around it."""
+        return self._optimizer.optimizer
+
+
+class Whole(Partition):
+    """One process, or DDP: every process holds all weights in fp32 and all of the optimizer's state."""
+
+    def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
+        super().__init__(accelerator, model, optimizer)
+        self.name = "ddp" if accelerator.num_processes > 1 else "single"
+
+    def masters(self) -> list[Tensor]:
+        return [self._parameters[name].detach() for name in self.trainable_names()]
+
+    def full_weight(self, name: str) -> Tensor:
+        return self._parameters[name].detach()
+
+    def full_moment(self, name: str, key: str) -> Tensor:
+        return self._state(name)[key]
+
+    def optimizer_steps(self) -> int:
+        steps = (state["step"] for state in self._base_optimizer().state.values() if "step" in state)
+        return int(max(steps, default=0))
+
+    def set_weight(self, name: str, tensor: Tensor) -> None:
+        self.full_weight(name).copy_(tensor)
+
+    def set_moment(self, name: str, key: str, tensor: Tensor) -> None:
+        self._state(name)[key].copy_(tensor)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        for name in self.trainable_names():
+            if "step" in (state := self._state(name)):
+                state["step"].fill_(steps)
+
+    def clip(self, max_grad_norm: float) -> Tensor:
+        if max_grad_norm:
+            return self._accelerator.clip_grad_norm_(self._parameters.values(), max_grad_norm)
+        self._accelerator.unscale_gradients()
+        return nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return optimizer_state(self._base_optimizer(), self._parameters[name], self.moment_keys())
+
+
+def optimizer_state(base: torch.optim.Optimizer, parameter: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """torch's state of one parameter, made as its first step makes it where there is none yet: zeros, which that step
+    would start from."""
+    state = base.state[parameter]
+    if state.get(keys[0] if keys else "step") is None and keys:  # SGD without momentum keeps nothing
+        if keys == MOMENTS["AdamW"]:  # the fused kernel counts on the device
+            device = parameter.device if base.defaults["fused"] or base.defaults["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state.update({key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in keys})
+    return state
+
+
+def make_partition(accelerator: accelerate.Accelerator, model: nn.Module, engine: nn.Module, optimizer: Any):
+    """The Partition of what `accelerator.prepare` returned."""
+    return Whole(accelerator, model, optimizer)
