@@ -88,28 +88,34 @@ class Schedule:
 
     def cadence(self, every: int | None, most: int = 100) -> "Cadence":
         """When something happens: every so many steps; None: once an epoch, or every second, third, ... epoch where it
-        would be more than `most` times in the run."""
-        raise NotImplementedError
+        would be more than `most` times in the run. An epoch may end in the midst of a batch: the step counts for it."""
+        if every is not None:
+            return Cadence(every, 1, self.total_steps)
+        before_last = (
+            (self.total_steps - 1) * self.global_batch_size // self.num_samples
+        )  # the last step comes in any case
+        epochs = before_last // most + 1
+        return Cadence(epochs * self.num_samples, self.global_batch_size, self.total_steps)
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """The steps after which something happens: always the last one, before it those that end a period.
+    """The steps after which something happens: those in which a period ends, and always the last one.
 
     Args:
-        every: the period, in units (steps or images).
-        unit: units a step.
+        period: in what steps are made of, steps themselves or images.
+        each: as much of it a step is.
         total_steps: the last step.
     """
 
-    every: int
-    unit: int
+    period: int
+    each: int
     total_steps: int
 
     def is_due(self, steps: int) -> bool:
         """Whether it happens after `steps` steps."""
-        seen = steps * self.unit
-        return steps == self.total_steps or seen // self.every > (seen - self.unit) // self.every
+        seen = steps * self.each
+        return steps == self.total_steps or seen // self.period > (seen - self.each) // self.period
 
 
 def make_schedule(
