@@ -39,11 +39,11 @@ from vit_hf.data.sets.names import ImageSplits
 from vit_hf.data.sets.subset import SubsetRule, parse_subset_classes
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.evaluate import evaluate_model
-from vit_hf.training.accelerator import apply_batch_plan, build_accelerator
-from vit_hf.training.checkpoint import TrainState
-from vit_hf.training.ema import EMA
-from vit_hf.training.optimizer import make_optimizer, parameter_groups
+from vit_hf.training import state as training_state
+from vit_hf.training.accelerator import build_accelerator
+from vit_hf.training.optimizer import OptimizerSettings
 from vit_hf.training.schedule import BatchPlan, Schedule
+from vit_hf.training.state import TrainState
 from vit_hf.training.waiting import machine_first, main_process_first
 
 
@@ -146,25 +146,23 @@ def prepare(
     args: RunArguments, accelerator: accelerate.Accelerator, model: transformers.PreTrainedModel, plan: BatchPlan
 ) -> TrainState:
     """Model and optimizer on the device, behind DDP or DeepSpeed where the launch says so."""
-    if args.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"--gradient_checkpointing: {type(model).__name__} has no checkpoints to recompute from")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.torch_compile:
-        model.compile()  # in place: names in the state dict stay
-    if args.layer_decay < 1 and model.base_model_prefix != "vit":
-        raise UserError(f"--layer_decay: {args.layer_decay} is for the layers of a ViT, allowed for this model is 1")
-    apply_batch_plan(accelerator, plan, args.max_grad_norm)
-    optimizer = make_optimizer(
-        parameter_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay),
-        optim=args.optim,
-        learning_rate=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        momentum=args.momentum,
+    return training_state.prepare(
+        accelerator,
+        model,
+        plan,
+        optimizer=OptimizerSettings(
+            optim=args.optim,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            momentum=args.momentum,
+        ),
+        max_grad_norm=args.max_grad_norm,
+        ema_decay=args.ema_decay,
+        gradient_checkpointing=args.gradient_checkpointing,
+        torch_compile=args.torch_compile,
     )
-    engine, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMA(model, args.ema_decay) if args.ema_decay else None
-    return TrainState(accelerator, model, engine, optimizer, ema)
 
 
 def loading_settings(args: Any) -> LoadingSettings:

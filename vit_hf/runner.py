@@ -41,11 +41,14 @@ from vit_hf.parts import (
     start,
 )
 from vit_hf.training import checkpoint
+from vit_hf.training import manifest as manifests
 from vit_hf.training.accelerator import end, zero_stage
-from vit_hf.training.checkpoint import TrainState
+from vit_hf.training.checkpoint import Checkpoints
 from vit_hf.training.loop import LoopSettings, train
+from vit_hf.training.model_folder import model_folder
 from vit_hf.training.objective import soft_cross_entropy
 from vit_hf.training.schedule import BatchPlan, Schedule, make_schedule, plan_batches
+from vit_hf.training.state import TrainState
 from vit_hf.training.tracking import append_event, peak_flops, peak_memory_bytes, read_jsonl
 
 WRITTEN = (
@@ -122,10 +125,11 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             print(f"warning: {warning}", file=sys.stderr)
     resume_from, manifest = open_folder(args, accelerator, resolved, output_dir)
     accelerator.init_trackers("vit_hf", config={k: v for k, v in identity(args).items() if v is not None})
+    form = model_folder(model, preprocessing.image_processor())
     state = prepare(args, accelerator, model, plan)
     record = {"run": identity(args), "exactness": exactness(args, accelerator, plan)}
     if resume_from is not None:
-        resume(state, resume_from, manifest, record["exactness"], output_dir)
+        resume(state, form, resume_from, manifest, record["exactness"], output_dir)
         start_time -= manifest["wall_time_seconds"]
 
     flops_per_image = training_flops_per_image(model.config)
@@ -168,7 +172,9 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
                 logging_steps=args.logging_steps,
                 eval_steps=args.eval_steps,
                 save_steps=args.save_steps,
-                save_total_limit=args.save_total_limit,
+                checkpoints=Checkpoints(
+                    state, form, output_dir, total_limit=args.save_total_limit, timeout_seconds=args.ddp_timeout
+                ),
                 log_figures_steps=args.log_figures_steps,
             ),
             augment=make_augment(
@@ -227,7 +233,7 @@ def open_folder(
     Raises:
         UserError: the folder holds another run's checkpoints, or a checkpoint asked for cannot be used.
     """
-    folder, manifest, passed_over = checkpoint.find(output_dir, args.resume_from_checkpoint)
+    folder, manifest, passed_over = manifests.find_together(accelerator, output_dir, args.resume_from_checkpoint)
     if manifest:
         check_same_run(args, folder, manifest["run"])
     accelerator.wait_for_everyone()  # all have looked at the folder before it changes
@@ -235,13 +241,13 @@ def open_folder(
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "all_results.json").unlink(missing_ok=True)  # it says that a run is finished
         write_run_config(args, resolved, output_dir / "run_config.yaml")
-        later = checkpoint.later_than(output_dir, manifest["step"]) if manifest else []
+        later = manifests.later_than(output_dir, manifest["step"]) if manifest else []
         reasons = {str(path): "later than the checkpoint asked for" for path in later} | passed_over
         for path, reason in reasons.items():
-            aside = checkpoint.move_aside(Path(path))
+            aside = manifests.move_aside(Path(path))
             print(f"passing over {path}: {reason}; moved to {aside.name}")
             append_event(output_dir, "checkpoint_passed_over", folder=path, reason=reason, moved_to=aside.name)
-        checkpoint.remove_unfinished(output_dir)
+        manifests.remove_unfinished(output_dir)
     accelerator.wait_for_everyone()
     return folder, manifest
 
@@ -249,7 +255,9 @@ def open_folder(
 def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: BatchPlan) -> dict[str, Any]:
     """What must be the same for a resume that continues to the bit."""
     return {
-        **checkpoint.topology(accelerator),
+        "num_processes": accelerator.num_processes,
+        "zero_stage": zero_stage(accelerator),
+        "mixed_precision": accelerator.mixed_precision,
         "micro_batch_size": plan.micro_batch_size,
         "device": accelerator.device.type,
         "vit_hf": vit_hf.__version__,
@@ -258,9 +266,11 @@ def exactness(args: RunArguments, accelerator: accelerate.Accelerator, plan: Bat
     }
 
 
-def resume(state: TrainState, folder: Path, manifest: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
+def resume(
+    state: TrainState, form, folder: Path, manifest: dict[str, Any], now: dict[str, Any], output_dir: Path
+) -> None:
     """Loads a checkpoint, and says and records whether it continues to the bit."""
-    checkpoint.load(state, folder, manifest)
+    checkpoint.load(state, form, folder, manifest)
     then = manifest["exactness"]
     changed = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
     state.accelerator.print(
