@@ -86,15 +86,36 @@ class Schedule:
         """The first step that holds no image of an earlier epoch; epochs count from 0."""
         return math.ceil(epoch * self.num_samples / self.global_batch_size)
 
-    def is_due(self, steps: int, every: int | None) -> bool:
-        """Whether something that happens every so many steps (None: once an epoch) happens after `steps` steps; at
-        the last step everything does."""
-        if steps == self.total_steps:
-            return True
+    def cadence(self, every: int | None, most: int = 100) -> "Cadence":
+        """When something happens: every so many steps; None: once an epoch, or every second, third, ... epoch where it
+        would be more than `most` times in the run. An epoch may end in the midst of a batch: the step counts for it."""
         if every is not None:
-            return steps % every == 0
-        seen = steps * self.global_batch_size
-        return seen // self.num_samples > (seen - self.global_batch_size) // self.num_samples
+            return Cadence(every, 1, self.total_steps)
+        before_last = (
+            (self.total_steps - 1) * self.global_batch_size // self.num_samples
+        )  # the last step comes in any case
+        epochs = before_last // most + 1
+        return Cadence(epochs * self.num_samples, self.global_batch_size, self.total_steps)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """The steps after which something happens: those in which a period ends, and always the last one.
+
+    Args:
+        period: in what steps are made of, steps themselves or images.
+        each: as much of it a step is.
+        total_steps: the last step.
+    """
+
+    period: int
+    each: int
+    total_steps: int
+
+    def is_due(self, steps: int) -> bool:
+        """Whether it happens after `steps` steps."""
+        seen = steps * self.each
+        return steps == self.total_steps or seen // self.period > (seen - self.each) // self.period
 
 
 def make_schedule(
