@@ -348,10 +348,7 @@ def training(folder: Path, device: torch.device) -> dict[str, Turn]:
     def our_loop() -> float:
         output_dir = folder / f"run-{next(numbers)}"
         output_dir.mkdir()
-        schedule = make_schedule(
-            num_samples=len(batches), global_batch_size=batch_size, num_train_epochs=None, max_steps=steps,
-            warmup_steps=0, warmup_ratio=None, learning_rate=1e-3, kind="constant",
-        )  # fmt: skip
+        schedule = Schedule(len(batches), batch_size, steps, warmup_steps=0, learning_rate=1e-3, kind="constant")
         settings = LoopSettings(
             output_dir=output_dir, record={"run": {}}, start_time=0.0, seed=0, max_grad_norm=1.0, logging_steps=steps,
             eval_steps=10**9, save_steps=10**9, save_total_limit=1,

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vit_hf.errors import ArgumentError
-from vit_hf.training.schedule import Schedule, make_schedule, plan_batches
+from vit_hf.training.schedule import Schedule, ScheduleSettings, make_schedule, plan_batches
 
 
 def schedule(kind: str = "cosine", **changes) -> Schedule:
@@ -18,7 +18,9 @@ def made(**changes) -> Schedule:
         num_samples=1000, global_batch_size=64, num_train_epochs=None, max_steps=None, warmup_steps=None,
         warmup_ratio=None, learning_rate=1.0, kind="cosine",
     )  # fmt: skip
-    return make_schedule(**{**options, **changes})
+    values = {**options, **changes}
+    values["lr_scheduler_type"] = values.pop("kind")
+    return make_schedule(values.pop("num_samples"), ScheduleSettings(**values))
 
 
 # --- learning rate ---

@@ -24,19 +24,20 @@ class ArgumentError(UserError):
 
 
 @contextlib.contextmanager
-def model_errors(where: str, *, from_flags: bool = False) -> typing.Iterator[None]:
+def model_errors(preset: str | None = None, model: str | None = None) -> typing.Iterator[None]:
     """Turns what models and the libraries that load them raise for a wrong name, field or file into one line.
 
     Args:
-        where: which model, e.g. "model PATH" or "--preset NAME".
-        from_flags: the model is known from the flags alone, and so are its mistakes: exit status 2.
+        preset: it is known from the flags alone, and so are its mistakes: exit status 2.
+        model: Hub id or folder of given weights.
     """
+    where = f"model {model}" if model else f"--preset {preset}"
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise (ArgumentError if from_flags else UserError)(f"{where}: {' '.join(str(error).split())}") from None
+        raise (UserError if model else ArgumentError)(f"{where}: {' '.join(str(error).split())}") from None
     except Exception as error:
         libraries = ("safetensors", "huggingface_hub", "httpx")
         if not isinstance(error, OSError | KeyError | RuntimeError) and not type(error).__module__.startswith(

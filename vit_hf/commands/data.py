@@ -147,13 +147,13 @@ def model_input(args: RunArguments) -> tuple[tuple[int, int], Any]:
     of its images, None: nothing."""
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
-    from vit_hf.models.transfer import published_image_size
+    from vit_hf.models.transfer import ModelSettings, published_image_size
 
-    source = args.model_name_or_path
-    with model_errors(f"model {source}" if source else f"--preset {args.preset}", from_flags=source is None):
-        asked = args.image_size or args.config_overrides.get("image_size")
-        size = pair(asked) if asked else published_image_size(args.preset, source, args.revision)
-        return size, own_preprocessing(source, args.revision, size)
+    settings = pick(ModelSettings, args)
+    with model_errors(args.preset, args.model_name_or_path):
+        asked = settings.changes.get("image_size")
+        size = pair(asked) if asked else published_image_size(settings)
+        return size, own_preprocessing(args.model_name_or_path, args.revision, size)
 
 
 def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images: int = 8, visits: int = 5) -> tuple:

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
     accelerator = build_accelerator(args.ddp_timeout)
     processes = Processes(**processes_of(accelerator))
-    with model_errors(f"model {args.model}"):
+    with model_errors(model=args.model):
         model = load_pretrained(
             args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, need_head=True
         )

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with model_errors(f"model {args.model}"):
+    with model_errors(model=args.model):
         model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
         if type(model) not in FAMILIES.values():
             raise ValueError(
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         preprocessing = own_at_size(args, model.config)
     images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with model_errors(f"model {args.model}"):
+    with model_errors(model=args.model):
         blocks = model_figures(model, images, preprocessing)
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     pixels = " x ".join(map(str, preprocessing.image_size))

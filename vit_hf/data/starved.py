@@ -26,6 +26,11 @@ class StarvedNote:
         self.num_workers, self.num_processes, self.say, self.record = num_workers, num_processes, say, record
         self._first, self._said = True, num_workers is None
 
+    def numbers(self, speed: dict[str, float]) -> dict[str, float]:
+        """Looks at what a window measured; has no number of its own for the log line."""
+        self.look(speed["images_per_second"], speed["data_wait_fraction"])
+        return {}
+
     def look(self, images_per_second: float, data_wait_fraction: float) -> None:
         """At what a window of training steps measured; the first one, in which workers start, tells nothing."""
         first, self._first = self._first, False

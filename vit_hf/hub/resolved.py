@@ -75,7 +75,7 @@ def describe(
     schedule: Schedule,
 ) -> str:
     """The lines that say what will be run."""
-    lines = [
+    return "\n".join([
         f"model: {preset or model}, from {'random' if preset else 'its'} weights, "
         f"{resolved['num_parameters'] / 1e6:.2f} M parameters, {resolved['num_classes']} classes, "
         f"{'x'.join(map(str, resolved['image_size']))} pixels",
@@ -85,10 +85,4 @@ def describe(
         f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "
         f"{schedule.epochs_after(schedule.total_steps):.1f} epochs",
         f"on: {resolved['device']}, mixed precision {resolved['mixed_precision']}, ZeRO stage {resolved['zero_stage']}",
-    ]
-    if schedule.stretched and schedule.kind != "constant":
-        step, before = schedule.stretched[-1]
-        lines.append(
-            f"schedule: {schedule.kind}, stretched from step {step} on to end at step {schedule.total_steps} in place of {before}"
-        )
-    return "\n".join(lines)
+    ])  # fmt: skip

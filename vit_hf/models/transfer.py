@@ -2,6 +2,7 @@
 and no training."""
 
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,34 +15,49 @@ from .positions import resize_position_embeddings, resize_relative_table
 from .presets import FAMILIES, checked_overrides, from_preset, labels_of, make_config, preset_config
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, as the flags of the same names say: a preset with random weights, or given weights."""
+
+    preset: str | None = None
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    image_size: int | tuple[int, int] | None = None
+    seed: int = 0
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Fields of the configuration that are asked for."""
+        if self.image_size is None:
+            return self.config_overrides
+        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
+        return {**self.config_overrides, "image_size": size}
+
+
 def make_model(
-    class_names: list[str],
-    changes: dict[str, Any],
-    *,
-    preset: str | None,
-    model_name_or_path: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    keep_head: bool = False,
+    class_names: list[str], settings: ModelSettings, *, keep_head: bool = False
 ) -> transformers.PreTrainedModel:
     """The model that a run trains, in fp32 on the CPU: a preset with random weights, or given weights under a linear head
-    for these classes.
+    for these classes. The same on every process.
 
     Args:
-        changes: fields of the configuration.
-        preset: by name; None takes the weights of `model_name_or_path`.
         keep_head: keep the head of weights whose class names are these, to go on training the same model.
 
     Raises:
         ValueError: what cannot be built, loaded or trained, and why.
         OSError: no such folder or repository.
     """
-    if preset is not None:
-        model = from_preset(preset, class_names, changes)
+    torch.manual_seed(settings.seed)
+    if settings.preset is not None:
+        model = from_preset(settings.preset, class_names, settings.changes)
     else:
-        given = load_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        given = load_pretrained(
+            settings.model_name_or_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
         same_classes = list(given.config.id2label.values()) == class_names
-        model = for_new_labels(given, class_names, changes, keep_head=keep_head and same_classes)
+        model = for_new_labels(given, class_names, settings.changes, keep_head=keep_head and same_classes)
     check_channels(model.config)
     return model
 
@@ -52,16 +68,14 @@ def check_channels(config: transformers.PreTrainedConfig) -> None:
         raise ValueError(f"num_channels is {config.num_channels}, and images are read as RGB: allowed is 3")
 
 
-def published_image_size(
-    preset: str | None, model_name_or_path: str | None = None, revision: str | None = None
-) -> tuple[int, int]:
-    """The input, (height, width) in pixels, that a preset or the configuration of given weights has; 224 where neither is
-    named or none is said."""
-    if preset is not None:
-        return pair(preset_config(preset).image_size)
-    if model_name_or_path is None:
+def published_image_size(settings: ModelSettings) -> tuple[int, int]:
+    """The input, (height, width) in pixels, that a preset or given weights have of themselves; 224 where neither is named
+    or none is said."""
+    if settings.preset is not None:
+        return pair(preset_config(settings.preset).image_size)
+    if settings.model_name_or_path is None:
         return pair(224)
-    config = transformers.AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+    config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.revision)
     return pair(getattr(config, "image_size", None) or 224)
 
 

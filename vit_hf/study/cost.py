@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from vit_hf.arguments import pick
 from vit_hf.data.sets.load import load_image_splits
 from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS
 from vit_hf.errors import UserError
@@ -21,7 +22,7 @@ from vit_hf.models.configuration_vit import pair
 from vit_hf.models.presets import FAMILIES, build, make_config, preset_config
 from vit_hf.study.execute import Launcher
 from vit_hf.study.plan import Cell
-from vit_hf.training.schedule import make_schedule
+from vit_hf.training.schedule import ScheduleSettings, make_schedule
 
 TRIAL_SECONDS = 1.0
 TRIAL_IMAGES = {"cpu": 4, "cuda": 64}  # at once; a larger batch is not faster by much there
@@ -161,16 +162,8 @@ def estimate_cost(cell: Cell, images_per_second: float) -> Cost:
     export."""
     args = cell.args
     training, evaluation, _ = image_counts(cell)
-    schedule = make_schedule(
-        num_samples=training,
-        global_batch_size=args.global_batch_size,
-        num_train_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        warmup_steps=None,
-        warmup_ratio=None,
-        learning_rate=args.learning_rate,
-        kind=args.lr_scheduler_type,
-    )
+    settings = pick(ScheduleSettings, args, warmup_steps=None, warmup_ratio=None)
+    schedule = make_schedule(training, settings)
 
     def times(every: int | None) -> int:
         return math.ceil(schedule.total_steps / every if every else schedule.epochs_after(schedule.total_steps))

@@ -16,7 +16,8 @@ import yaml
 
 import vit_hf
 from vit_hf.errors import UserError
-from vit_hf.training import checkpoint
+from vit_hf.training import checkpoint, manifest
+from vit_hf.training.model_folder import ModelFolder
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.state import TrainState
 from vit_hf.training.tracking import append_event
@@ -31,7 +32,6 @@ WRITTEN = (
     "metrics.jsonl",
     "all_results.json",
 )
-LENGTHS = ("num_train_epochs", "max_steps")
 Differences = Callable[..., dict[str, tuple[Any, Any]]]  # (identity as it was saved, folder=) -> {flag: (then, now)}
 
 
@@ -64,11 +64,6 @@ class Folder:
         """Wall time of earlier starts."""
         return self.manifest.get("wall_time_seconds", 0.0)
 
-    @property
-    def lengths(self) -> list[tuple[int, int]]:
-        """(step, total steps until then) of each change of the run's length, oldest first."""
-        return [(one["step"], one["total_steps"]) for one in self.changed if set(LENGTHS) & set(one["flags"])]
-
 
 def open_folder(accelerator: accelerate.Accelerator, path: Path, resume_from: str, differences: Differences) -> Folder:
     """Looks at an output folder and decides what this start does; changes nothing in it.
@@ -81,20 +76,19 @@ def open_folder(accelerator: accelerate.Accelerator, path: Path, resume_from: st
         UserError: the folder holds another run or something else, a checkpoint asked for cannot be used, or a process does
             not see it.
     """
-    look = functools.partial(_look, path, resume_from, differences)
-    folder = main_process_first(accelerator, look, f"looking at {path}")
-    if folder.checkpoint is not None:
-        blind = not (folder.checkpoint / "manifest.json").is_file()
-        ranks = [rank for rank, missing in enumerate(accelerate.utils.gather_object([blind])) if missing]
-        if ranks:
-            raise UserError(
-                f"process {', '.join(map(str, ranks))} does not see {folder.checkpoint}, which the main process goes on from: "
-                "--output_dir has to be on a disk that all machines share"
-            )
-    return folder
+    finished = functools.partial(_is_finished, path, resume_from, differences)
+    if main_process_first(accelerator, finished, f"looking at {path}"):
+        return Folder(path, finished=True)
+    found, read, passed_over = manifest.find_together(accelerator, path, resume_from)
+    changed = list(read.get("changed", []))
+    if differ := differences(read["run"], folder=found) if found is not None else {}:
+        flags = {name: list(pair) for name, pair in differ.items()}
+        changed.append({"step": read["step"], "total_steps": read.get("total_steps"), "flags": flags})
+    return Folder(path, False, found, read, passed_over, changed)
 
 
-def _look(path: Path, resume_from: str, differences: Differences) -> Folder:
+def _is_finished(path: Path, resume_from: str, differences: Differences) -> bool:
+    """Whether the folder holds this very run, exported. Raises UserError where it holds something else."""
     config = path / "run_config.yaml"
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir: {path} is a file; name a folder")
@@ -104,16 +98,10 @@ def _look(path: Path, resume_from: str, differences: Differences) -> Folder:
             f"--output_dir: {path} holds {', '.join(foreign)} of something else, which the run would overwrite; "
             "name another folder"
         )
-    if (path / "all_results.json").exists():
-        differ = differences(yaml.safe_load(config.read_text()) or {}, folder=path)
-        if not differ and resume_from == "auto":
-            return Folder(path, finished=True)
-    found, manifest, passed_over = checkpoint.find(path, resume_from)
-    changed = list(manifest.get("changed", []))
-    if differ := differences(manifest["run"], folder=found) if manifest else {}:
-        flags = {name: list(pair) for name, pair in differ.items()}
-        changed.append({"step": manifest["step"], "total_steps": manifest["total_steps"], "flags": flags})
-    return Folder(path, False, found, manifest, passed_over, changed)
+    if not (path / "all_results.json").exists():
+        return False
+    differ = differences(yaml.safe_load(config.read_text()) or {}, folder=path)
+    return not differ and resume_from == "auto"
 
 
 def begin(accelerator: accelerate.Accelerator, folder: Folder, run_config: dict[str, Any]) -> None:
@@ -128,13 +116,13 @@ def begin(accelerator: accelerate.Accelerator, folder: Folder, run_config: dict[
         temporary = folder.path / "run_config.yaml.tmp"
         temporary.write_text(yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True))
         temporary.replace(folder.path / "run_config.yaml")
-        later = checkpoint.later_than(folder.path, folder.step) if folder.manifest else []
+        later = manifest.later_than(folder.path, folder.step) if folder.manifest else []
         reasons = {str(path): "later than the checkpoint asked for" for path in later} | folder.passed_over
         for path, reason in reasons.items():
-            aside = checkpoint.move_aside(Path(path))
+            aside = manifest.move_aside(Path(path))
             print(f"passing over {path}: {reason}; moved to {aside.name}")
             append_event(folder.path, "checkpoint_passed_over", folder=path, reason=reason, moved_to=aside.name)
-        checkpoint.remove_unfinished(folder.path)
+        manifest.remove_unfinished(folder.path)
     accelerator.wait_for_everyone()
 
 
@@ -157,16 +145,19 @@ def record_of(
     return {"run": run, "total_steps": schedule.total_steps, "changed": folder.changed, "exactness": exactness}
 
 
-def resume(state: TrainState, folder: Folder, record: dict[str, Any]) -> None:
+def resume(
+    state: TrainState, files: ModelFolder, folder: Folder, record: dict[str, Any], schedule: Schedule
+) -> None:
     """Loads the checkpoint that the folder goes on from, where there is one, and says and records whether the run continues
     to the bit.
 
     Args:
+        files: what the model's folder holds.
         record: of `record_of`.
     """
     if folder.checkpoint is None:
         return
-    checkpoint.load(state, folder.checkpoint, folder.manifest)
+    checkpoint.load(state, files, folder.checkpoint, folder.manifest)
     then, now = folder.manifest["exactness"], record["exactness"]
     why = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
     accelerator, step = state.accelerator, folder.step
@@ -177,6 +168,11 @@ def resume(state: TrainState, folder: Folder, record: dict[str, Any]) -> None:
     if news is not None:
         told = "; ".join(f"--{name} {old} until then, {new} now" for name, (old, new) in news["flags"].items())
         accelerator.print(f"changed from step {step} on: {told}")
+        if {"max_steps", "num_train_epochs"} & set(news["flags"]) and schedule.kind != "constant":
+            accelerator.print(
+                f"the {schedule.kind} schedule is stretched to {schedule.total_steps} steps: it goes on from step {step} with "
+                f"a learning rate of {schedule.learning_rate_at(step):.4g}"
+            )
     if accelerator.is_main_process:
         append_event(folder.path, "resume", folder=str(folder.checkpoint), step=step, exact=not why, why=why)
         if news is not None:

@@ -118,24 +118,38 @@ class Cadence:
         return steps == self.total_steps or seen // self.period > (seen - self.each) // self.period
 
 
-def make_schedule(
-    *,
-    num_samples: int,
-    global_batch_size: int,
-    num_train_epochs: float | None,
-    max_steps: int | None,
-    warmup_steps: int | None,
-    warmup_ratio: float | None,
-    learning_rate: float,
-    kind: str,
-) -> Schedule:
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Length and learning rate of a run, as the flags of the same names say."""
+
+    global_batch_size: int
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+
+
+def make_schedule(num_samples: int, settings: ScheduleSettings, first_step: int = 0) -> Schedule:
     """Counts the steps of a run and of its warm-up.
 
+    Args:
+        num_samples: images an epoch.
+        first_step: that the run goes on from.
+
     Raises:
-        ArgumentError: a warm-up longer than the run.
+        ArgumentError: a warm-up longer than the run, or a run that ends before the step that it goes on from.
     """
-    total = max_steps or math.ceil(num_train_epochs * num_samples / global_batch_size)
-    warmup = warmup_steps if warmup_steps is not None else math.ceil((warmup_ratio or 0) * total)
+    batch, warmup = settings.global_batch_size, settings.warmup_steps
+    total = settings.max_steps or math.ceil(settings.num_train_epochs * num_samples / batch)
+    if total < first_step:
+        flag = "max_steps" if settings.max_steps else "num_train_epochs"
+        raise ArgumentError(
+            f"--{flag} {getattr(settings, flag)}: the run would end at step {total}, and it goes on from step {first_step}; "
+            "give more"
+        )
+    warmup = warmup if warmup is not None else math.ceil((settings.warmup_ratio or 0) * total)
     if warmup > total:
         raise ArgumentError(f"--warmup_steps: {warmup} is longer than the run of {total} steps; take {total} or less")
-    return Schedule(num_samples, global_batch_size, total, warmup, learning_rate, kind)
+    return Schedule(num_samples, batch, total, warmup, settings.learning_rate, settings.lr_scheduler_type)

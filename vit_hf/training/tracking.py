@@ -68,6 +68,15 @@ def peak_flops(device_name: str, mixed_precision: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
 
 
+def mfu_scale(accelerator: accelerate.Accelerator, flops_per_image: float) -> float | None:
+    """Model FLOPs utilisation for each image a second: an image's operations over the peak of all devices; None where
+    no peak is known. Source: arXiv 2204.02311, appendix B."""
+    if accelerator.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.mixed_precision)
+    return None if peak is None else flops_per_image / (peak * accelerator.num_processes)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: on the accelerator where it uses one, else its resident size."""
     if device.type == "cuda":
