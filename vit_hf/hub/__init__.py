@@ -5,8 +5,8 @@ from vit_hf.front import front
 __getattr__ = front(
     __name__,
     {
-        "export": "export_model finish",
-        "push": "push_folder repository_name",
+        "finish": "export_model finish_folder",
+        "push": "HubSettings open_repository",
         "resolved": "describe resolve",
     },
 )

@@ -76,10 +76,10 @@ def describe(
 ) -> str:
     """The lines that say what will be run."""
     return "\n".join([
-        f"model: {preset or model}, from {'random' if preset else 'its'} weights, "
+        f"model: {preset or flags['model_name_or_path']}, from {'random' if preset else 'its'} weights, "
         f"{resolved['num_parameters'] / 1e6:.2f} M parameters, {resolved['num_classes']} classes, "
         f"{'x'.join(map(str, resolved['image_size']))} pixels",
-        f"data: {dataset}, {resolved['train_samples']} training images ({resolved['train_split']}), "
+        f"data: {flags['dataset_name']}, {resolved['train_samples']} training images ({resolved['train_split']}), "
         f"{resolved['eval_samples']} evaluation images ({resolved['eval_split']})",
         f"preprocessing: {resolved['preprocessing']}",
         f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "

@@ -7,15 +7,16 @@ from vit_hf.front import front
 __getattr__ = front(
     __name__,
     {
-        "accelerator": "build_accelerator end",
+        "accelerator": "build_accelerator check_drawing end",
         "actions": "Draw Evaluate Log LoopSettings Save",
         "checkpoint": "Checkpoints",
         "folder": "begin open_folder record_of resume",
         "loop": "train",
+        "lost": "lost_process",
         "model_folder": "model_folder",
         "optimizer": "OptimizerSettings",
         "schedule": "ScheduleSettings make_schedule plan_batches",
-        "state": "StateSettings prepare",
+        "state": "prepare",
         "trackers": "open_trackers",
         "tracking": "append_event mfu_scale read_jsonl",
         "waiting": "processes_of",

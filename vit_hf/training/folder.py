@@ -145,9 +145,7 @@ def record_of(
     return {"run": run, "total_steps": schedule.total_steps, "changed": folder.changed, "exactness": exactness}
 
 
-def resume(
-    state: TrainState, files: ModelFolder, folder: Folder, record: dict[str, Any], schedule: Schedule
-) -> None:
+def resume(state: TrainState, files: ModelFolder, folder: Folder, record: dict[str, Any], schedule: Schedule) -> None:
     """Loads the checkpoint that the folder goes on from, where there is one, and says and records whether the run continues
     to the bit.
 
