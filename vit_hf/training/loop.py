@@ -1,7 +1,6 @@
 """train(): the one loop. It is handed a model, batches on the device, and functions; it knows no dataset and no Hub."""
 
 import contextlib
-import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.signals import SignalGuard, StoppedBySignal
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import Tracker, append_event, read_jsonl
+from vit_hf.training.tracking import Tracker, read_jsonl
 
 Batch = dict[str, Tensor]
 
@@ -52,10 +51,11 @@ def train(
     watch = NonFinite(
         state,
         settings.on_nonfinite,
+        settings.output_dir,
         accumulation=plan.accumulation,
         first_step=first_step,
+        learning_rate=schedule.learning_rate,
         spike_threshold=settings.spike_threshold,
-        record=functools.partial(append_event, settings.output_dir),
     )
     moment = Moment(state, plan, schedule, settings, tracker, watch, first_step, logged_step=first_step)
     guard = SignalGuard(accelerator, schedule.total_steps)
@@ -76,7 +76,7 @@ def train(
                 with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(engine):
                     loss = objective(engine(pixel_values=pixel_values).logits.float(), targets)
                     accelerator.backward(loss)  # DeepSpeed clips and steps in here
-                watch.saw(loss.detach())
+                watch.saw(loss)
             left_out = watch.before_step(state.partition.clip(settings.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
@@ -94,7 +94,9 @@ def train(
         for action in actions:
             action.finish(moment)
     except torch.OutOfMemoryError:
-        raise out_of_memory(plan.micro_batch_size, engine.training) from None
+        share = plan.micro_batch_size * plan.accumulation
+        checkpointing = getattr(state.model, "is_gradient_checkpointing", False)
+        raise out_of_memory(plan.micro_batch_size, share, engine.training, checkpointing) from None
     finally:
         guard.release()
         for action in actions:
