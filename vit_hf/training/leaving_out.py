@@ -66,7 +66,9 @@ class LeavingOut:
     def _changed(self) -> list[Tensor]:
         """The weights and everything that the optimizer keeps of them."""
         changed = [parameter for group in self._base.param_groups for parameter in group["params"]]
-        return changed + [kept for own in self._base.state.values() for kept in own.values() if isinstance(kept, Tensor)]
+        return changed + [
+            kept for own in self._base.state.values() for kept in own.values() if isinstance(kept, Tensor)
+        ]
 
 
 def _local(tensor: Tensor) -> Tensor:
