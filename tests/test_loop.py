@@ -10,6 +10,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
 
@@ -45,13 +46,14 @@ class Run:
 
     def __init__(
         self, tmp_path, *, accumulation=1, steps=4, max_grad_norm=0.0, first_step=0, ema_decay=0.0, learning_rate=0.1,
-        optim="sgd", on_batch=lambda number: None, **settings,
+        optim="sgd", mixed_precision="no", on_batch=lambda number: None, **settings,
     ):  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)
         torch.manual_seed(0)
         self.model = Model()
         self.plan = plan_batches(8, 1, 8 // accumulation)
         self.state = prepare(
-            accelerate.Accelerator(cpu=True), self.model, self.plan, optimizer=OptimizerSettings(optim, learning_rate, momentum=0.0),
+            accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision), self.model, self.plan, optimizer=OptimizerSettings(optim, learning_rate, momentum=0.0),
             max_grad_norm=max_grad_norm, ema_decay=ema_decay,
         )  # fmt: skip
         weights = self.model.state_dict()
@@ -177,6 +179,20 @@ def test_both_kinds_of_lines_say_what_the_run_has_cost(tmp_path):
 def test_operations_are_left_out_where_they_are_not_known(tmp_path):
     Run(tmp_path, steps=1).train()
     assert not lines(tmp_path, "training_flops") and lines(tmp_path, "images_seen")
+
+
+def test_the_objective_sees_fp32_whatever_the_model_computes_in(tmp_path):
+    seen = set()
+
+    def objective(logits, targets):
+        seen.add((logits.dtype, targets.dtype))
+        return mse_loss(logits, targets)
+
+    run = Run(tmp_path, mixed_precision="bf16")
+    forward, inside = run.model[0].forward, set()
+    run.model[0].forward = lambda x: inside.add((y := forward(x)).dtype) or y
+    run.train(objective=objective)
+    assert inside == {torch.bfloat16} and seen == {(torch.float32, torch.float32)}
 
 
 # --- what falls due, and in which order ---

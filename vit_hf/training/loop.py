@@ -12,7 +12,7 @@ from torch import Tensor
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import seed_micro_step
 from vit_hf.training.actions import Action, Log, LoopSettings, Moment
-from vit_hf.training.memory import out_of_memory
+from vit_hf.training.guards import out_of_memory
 from vit_hf.training.nonfinite import NonFinite
 from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
@@ -94,9 +94,7 @@ def train(
         for action in actions:
             action.finish(moment)
     except torch.OutOfMemoryError:
-        share = plan.micro_batch_size * plan.accumulation
-        checkpointing = getattr(state.model, "is_gradient_checkpointing", False)
-        raise out_of_memory(plan.micro_batch_size, share, engine.training, checkpointing) from None
+        raise out_of_memory(plan.micro_batch_size, engine.training) from None
     finally:
         guard.release()
         for action in actions:
