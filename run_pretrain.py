@@ -103,7 +103,8 @@ def pretrain(args: RunArguments, accelerator):
         training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
     ]
     if args.log_figures_steps:
-        draw = analysis.figure_drawer(accelerator, state.model, splits.eval, preprocessing, folder.path / "figures")
+        draws, where = accelerator.is_main_process, folder.path / "figures"
+        draw = analysis.figure_drawer(state.model, splits.eval, preprocessing, where) if draws else None
         actions.append(training.Draw(schedule.cadence(args.log_figures_steps), draw))
 
     settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,

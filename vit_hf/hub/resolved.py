@@ -65,16 +65,13 @@ def resolve(
     }
 
 
-def describe(
-    resolved: dict[str, Any],
-    *,
-    preset: str | None,
-    model: str | None,
-    dataset: str,
-    plan: BatchPlan,
-    schedule: Schedule,
-) -> str:
-    """The lines that say what will be run."""
+def describe(flags: dict[str, Any], resolved: dict[str, Any], plan: BatchPlan, schedule: Schedule) -> str:
+    """The lines that say what will be run.
+
+    Args:
+        flags: all of them, as plain values. resolved: of `resolve`.
+    """
+    preset = flags["preset"]
     return "\n".join([
         f"model: {preset or flags['model_name_or_path']}, from {'random' if preset else 'its'} weights, "
         f"{resolved['num_parameters'] / 1e6:.2f} M parameters, {resolved['num_classes']} classes, "

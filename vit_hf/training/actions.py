@@ -155,7 +155,7 @@ class Log(Action):
         """
         accelerator, steps = moment.state.accelerator, moment.step - moment.logged_step
         rows = accelerator.gather(moment.watch.numbers()[None]).tolist()  # the one collective and the one host sync
-        window = moment.watch.look(rows, moment.step)
+        window = moment.watch.look(rows)
         speed = moment.tracker.window(steps * moment.plan.global_batch_size)
         if self.mfu_scale is not None:
             speed["mfu"] = speed["images_per_second"] * self.mfu_scale
@@ -169,7 +169,7 @@ class Log(Action):
             **moment.spent(),
             **moment.notes,
         }
-        if moment.settings.on_nonfinite == "skip":
+        if moment.settings.on_nonfinite == "skip" or window.skipped_steps:  # an fp16 loss scaler skips in either mode
             line["skipped_steps"] = window.skipped_steps
         for numbers in self.numbers:
             line |= numbers(speed)

@@ -25,9 +25,17 @@ class EMA:
         self._averages = [weight.clone().float() for weight in self._weights]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes the weights of the step just made into the average."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+    def update(self, left_out: Tensor | bool = False) -> None:
+        """Takes the weights of the step just made into the average.
+
+        Args:
+            left_out: the step was not made, and the average stays to the bit; a bool scalar where only the device knows.
+        """
+        if isinstance(left_out, Tensor):
+            share = torch.full_like(left_out, 1 - self.decay, dtype=torch.float32).where(~left_out, 0.0)
+            torch._foreach_lerp_(self._averages, self._weights, [share] * len(self._averages))
+        elif not left_out:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
     @torch.no_grad()
     def adopt(self) -> None:

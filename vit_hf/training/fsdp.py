@@ -48,12 +48,7 @@ class Fsdp2(Partition):
             module.reshard()
 
     def clip(self, max_grad_norm: float) -> Tensor:
-        self._accelerator.unscale_gradients()
-        parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        return norm.full_tensor()
+        return self._clip(max_grad_norm).full_tensor()
 
     def _state(self, name: str) -> dict[str, Tensor]:
         return optimizer_state(self._base_optimizer(), self._parameters[name], self.moment_keys())

@@ -1,7 +1,6 @@
 """train(): the one loop. It is handed a model, batches on the device, and functions; it knows no dataset and no Hub."""
 
 import contextlib
-import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,13 @@ from torch import Tensor
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import seed_micro_step
 from vit_hf.training.actions import Action, Log, LoopSettings, Moment
-from vit_hf.training.memory import out_of_memory
+from vit_hf.training.guards import out_of_memory
 from vit_hf.training.nonfinite import NonFinite
 from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.signals import SignalGuard, StoppedBySignal
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import Tracker, append_event, read_jsonl
+from vit_hf.training.tracking import Tracker, read_jsonl
 
 Batch = dict[str, Tensor]
 
@@ -52,10 +51,11 @@ def train(
     watch = NonFinite(
         state,
         settings.on_nonfinite,
+        settings.output_dir,
         accumulation=plan.accumulation,
         first_step=first_step,
+        learning_rate=schedule.learning_rate,
         spike_threshold=settings.spike_threshold,
-        record=functools.partial(append_event, settings.output_dir),
     )
     moment = Moment(state, plan, schedule, settings, tracker, watch, first_step, logged_step=first_step)
     guard = SignalGuard(accelerator, schedule.total_steps)
@@ -76,7 +76,7 @@ def train(
                 with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(engine):
                     loss = objective(engine(pixel_values=pixel_values).logits.float(), targets)
                     accelerator.backward(loss)  # DeepSpeed clips and steps in here
-                watch.saw(loss.detach())
+                watch.saw(loss)
             left_out = watch.before_step(state.partition.clip(settings.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()

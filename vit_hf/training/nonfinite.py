@@ -6,6 +6,7 @@ one gather brings the numbers of all processes. This module must not know about 
 of checkpoints.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +102,7 @@ class NonFinite:
         self._names = state.partition.trainable_names()
         self._engine_parameter = -1.0
         self._zero = state.partition.name.startswith("zero")
+        self._engine_left_out = state.partition.steps_left_out()
         if self._zero:
             _before_gradients_are_dropped(state.engine, self._look_at_engine)
         self._buffers = [b for b in state.model.buffers() if b.is_floating_point() and b.numel()]
@@ -123,13 +125,14 @@ class NonFinite:
         """
         self._done += 1
         self._norms.append(grad_norm)
-        by_parameter = getattr(self._state.partition, "gradient_norms", None)
-        if by_parameter is not None:
+        by_parameter = self._state.partition.gradient_norms
+        if by_parameter is not None and len(by_parameter) == len(self._names):
             self._by_parameter.append(by_parameter)
         if len(self._norms) == FOLD:
             self._fold()
         if self._zero:  # its engine leaves out what is not finite, at every stage and in either mode
-            left_out = bool(self._state.engine.optimizer.overflow)
+            before, self._engine_left_out = self._engine_left_out, self._state.partition.steps_left_out()
+            left_out: Tensor | bool = self._engine_left_out > before
         else:
             left_out = ~grad_norm.isfinite() if self._leaving_out is not None else False
         if self._leaving_out is not None:
@@ -217,8 +220,8 @@ class NonFinite:
         details: dict[str, object] = {}
         process, micro = min(((r, one.first_broken_loss) for r, one in enumerate(seen)), key=lambda pair: pair[1])
         at_gradient = min(one.first_broken_step for one in seen)
-        if micro < NEVER:
-            step, micro_step = divmod(int(micro), self._accumulation)
+        step, micro_step = divmod(int(micro), self._accumulation)
+        if micro < NEVER and step <= at_gradient:
             details |= {"step": first + step, "process": process, "micro_step": micro_step}
         elif at_gradient < NEVER:
             details["step"] = first + int(at_gradient)
@@ -230,7 +233,7 @@ class NonFinite:
             details["parameter"] = self._names[parameter]
         if self._scaled:
             scaler = self._state.partition.scaler_state() or {}
-            details["loss_scale"] = scaler.get("scale", scaler.get("cur_scale"))
+            details["loss_scale"] = scaler.get("scale")
         return details
 
     def _advice(self, first: int) -> str:
@@ -319,16 +322,18 @@ class NonFinite:
                 return
 
 
-def _before_gradients_are_dropped(engine: nn.Module, look) -> None:
-    """Lets `look` be called in each step that DeepSpeed leaves out, before it drops the gradients: that is when it tells its
-    loss scaler, which there is in any precision."""
-    update_scale = getattr(engine.optimizer, "_update_scale", None)
-    if update_scale is None:  # no stage of ZeRO that we know: the event will not name a parameter
+def _before_gradients_are_dropped(engine: nn.Module, look: Callable[[], None]) -> None:
+    """Lets `look` be called in each step that DeepSpeed leaves out, before it drops the gradients: the stages of ZeRO first
+    tell their loss scaler, which there is in any precision; stage 1 in bf16 with fp32 gradients has none."""
+    optimizer = engine.optimizer
+    name = "_update_scale" if hasattr(optimizer, "_update_scale") else "clear_hp_grads"
+    inner = getattr(optimizer, name, None)
+    if inner is None:  # the events will name no parameter
         return
 
-    def look_and_update(has_overflow=False):
-        if has_overflow:
+    def look_first(*args, **kwargs):
+        if optimizer.overflow:
             look()
-        return update_scale(has_overflow)
+        return inner(*args, **kwargs)
 
-    engine.optimizer._update_scale = look_and_update
+    setattr(optimizer, name, look_first)

@@ -23,6 +23,9 @@ class Partition:
     """
 
     name: str  # single, ddp, zero1, zero2, zero3 or fsdp2
+    gradient_norms: Tensor | None = (
+        None  # fp32 (P,), by trainable parameter, of this process's share, before the last clip
+    )
 
     def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
         """
@@ -113,6 +116,17 @@ class Partition:
         """
         raise NotImplementedError
 
+    def _clip(self, max_grad_norm: float) -> Tensor:
+        """torch's clip_grad_norm_, which keeps the norms that it takes on its way."""
+        self._accelerator.unscale_gradients()
+        parameters = [p for p in self._parameters.values() if p.requires_grad and p.grad is not None]
+        norms = torch._foreach_norm([parameter.grad for parameter in parameters])
+        self.gradient_norms = torch.stack([getattr(norm, "_local_tensor", norm) for norm in norms])
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        if max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
+        return total
+
     def finite(self) -> Tensor:
         """1.0 where all masters of this process are finite, else 0.0: a scalar fp32 on the device, without a host sync.
         Processes hold different shares: reduce it (the mean or the least over all)."""
@@ -162,10 +176,7 @@ class Whole(Partition):
             set_count(self._state(name), steps)
 
     def clip(self, max_grad_norm: float) -> Tensor:
-        if max_grad_norm:
-            return self._accelerator.clip_grad_norm_(self._parameters.values(), max_grad_norm)
-        self._accelerator.unscale_gradients()
-        return nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        return self._clip(max_grad_norm)
 
     def _state(self, name: str) -> dict[str, Tensor]:
         return optimizer_state(self._base_optimizer(), self._parameters[name], self.moment_keys())
