@@ -71,7 +71,7 @@ def pretrain(args: RunArguments, accelerator):
     training.open_trackers(accelerator, folder.path, args.run_name or folder.path.name, run, folder.step)
 
     # Model and optimizer on the device, as the checkpoint left them
-    files = training.model_folder(accelerator, model, preprocessing.image_processor())
+    files = training.files_of(accelerator, model, preprocessing.image_processor())
     optimizer = pick(training.OptimizerSettings, args, betas=(args.adam_beta1, args.adam_beta2))
     state = training.prepare(accelerator, model, plan, optimizer=optimizer, max_grad_norm=args.max_grad_norm,
                              ema_decay=args.ema_decay, gradient_checkpointing=args.gradient_checkpointing,

@@ -13,7 +13,7 @@ __getattr__ = front(
         "folder": "begin open_folder record_of resume",
         "loop": "train",
         "lost": "lost_process",
-        "model_folder": "model_folder",
+        "model_folder": "files_of",
         "optimizer": "OptimizerSettings",
         "schedule": "ScheduleSettings make_schedule plan_batches",
         "state": "prepare",
