@@ -11,13 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports from its own folder and from the lines above it; neighbours on a line do not know each other.
 LEVELS = [
-    {"errors"},
+    {"errors", "front"},
     {"arguments"},
     {"models", "data", "training", "evaluation"},
-    {"hub"},
-    {"analysis", "study"},
-    {"parts"},
-    {"runner"},
+    {"analysis"},
+    {"hub", "study"},
     {"commands", "run_pretrain", "run_finetune"},
     {"cli"},
 ]
@@ -80,17 +78,65 @@ def test_imports_run_one_way():
 
 def test_the_rule_sees_what_it_should():
     """Absolute, relative, lazy and `from package import` forms."""
-    source = (
-        "def f():\n    from ..data import device\nimport vit_hf.runner\nfrom vit_hf import __version__, training\n"
-    )
+    source = "def f():\n    from ..data import device\nimport vit_hf.cli\nfrom vit_hf import __version__, training\n"
     found = breaches("vit_hf.evaluation.evaluate", imported_modules(source, "vit_hf.evaluation.evaluate", False))
     assert found == [
+        "vit_hf.evaluation.evaluate imports vit_hf.cli",
         "vit_hf.evaluation.evaluate imports vit_hf.data.device",
-        "vit_hf.evaluation.evaluate imports vit_hf.runner",
         "vit_hf.evaluation.evaluate imports vit_hf.training",
     ]
     source = "from .hub.push import push\nfrom vit_hf.arguments import UserError\nfrom vit_hf.data.decode import x\n"
-    assert breaches("vit_hf.runner", imported_modules(source, "vit_hf.runner", False)) == []
+    assert breaches("vit_hf.cli", imported_modules(source, "vit_hf.cli", False)) == []
+
+
+def test_training_knows_no_flags():
+    """It is handed values: its files import nothing of the package but the errors."""
+    for path in sorted((ROOT / "vit_hf/training").glob("*.py")):
+        imported = imported_modules(path.read_text(), module_of(path), path.name == "__init__.py")
+        rooms = {room_of(name) for name in imported if name.split(".")[0] == "vit_hf"}
+        assert rooms <= {"", "errors", "front", "training"}, f"{path.name}: {rooms}"
+
+
+def test_no_function_of_a_room_takes_all_flags():
+    """Scripts, commands and the arguments themselves have `args`; a room is handed what it needs."""
+    above = [ROOT / "vit_hf/arguments", ROOT / "vit_hf/commands"]
+    found = []
+    for path in sorted((ROOT / "vit_hf").rglob("*.py")):
+        if any(folder in path.parents for folder in above):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                found += [f"{path.relative_to(ROOT)}:{node.lineno}" for one in given if one.arg == "args"]
+    assert found == []
+
+
+@pytest.mark.parametrize("script", ["run_pretrain.py", "run_finetune.py"])
+def test_a_script_reads_as_a_page(script):
+    """No function of it is longer than one can see at once, and none but the first is called back."""
+    tree = ast.parse((ROOT / script).read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    comments = [line.strip().startswith("#") or not line.strip() for line in (ROOT / script).read_text().splitlines()]
+    for node in functions:
+        lines = node.end_lineno - node.lineno + 1 - sum(comments[node.lineno - 1 : node.end_lineno])
+        assert lines <= 60, f"{node.name}: {lines} lines"
+    assert [node.name for node in functions][0] == "main" and len(functions) == 2
+
+
+def test_the_fronts_of_the_folders_hold_what_they_offer():
+    """Each name is there, and none is that of a module, which would be found in its place."""
+    code = """
+import importlib, pathlib, re
+for folder in ("analysis", "data", "evaluation", "hub", "training"):
+    package = importlib.import_module("vit_hf." + folder)
+    path = pathlib.Path(package.__file__)
+    names = " ".join(re.findall(r'": "([^"]+)"', path.read_text())).split()
+    assert names and not set(names) & {other.stem for other in path.parent.iterdir()}, folder
+    assert all(callable(getattr(package, name)) for name in names)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_models_import_nothing_else_of_the_package_and_relatively():

@@ -60,7 +60,7 @@ def test_accumulation_does_not_change_the_course_under_any_policy(run, tmp_path,
 
 def test_a_resume_in_the_middle_of_an_epoch_is_exact_with_everything_on(run, tmp_path, pictures):
     flags = flags_of(pictures, mixup_alpha=0.2, cutmix_alpha=1.0, mixup_mode="elem", aug_repeats=2, save_steps=3)
-    flags |= dict(max_steps=7, dataloader_num_workers=1)
+    flags |= dict(max_steps=7, dataloader_num_workers=1, save_total_limit=3)
     whole = run("pretrain", output_dir=tmp_path / "whole", **flags)
     from_step_3 = dict(output_dir=tmp_path / "again", resume_from_checkpoint=tmp_path / "whole/checkpoint-3")
     assert trajectory(run("pretrain", **from_step_3, **flags)) == trajectory(whole)[3:]
