@@ -25,7 +25,7 @@ from vit_hf.training.state import prepare
 
 CLASSES = [str(number) for number in range(7)]  # an odd number: shards are of different lengths
 IMAGES, FROZEN = 8, ("embeddings", "layers.0")
-ADAMW, SGD = OptimizerSettings("adamw", 1e-2, weight_decay=0.1), OptimizerSettings("sgd", 1e-2)
+ADAMW, SGD = OptimizerSettings("adamw_torch", 1e-2, weight_decay=0.1), OptimizerSettings("sgd", 1e-2)
 
 
 def model_of(family):
