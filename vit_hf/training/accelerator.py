@@ -11,11 +11,23 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from vit_hf.errors import UserError
 from vit_hf.training.schedule import BatchPlan
+
+# what prepare() can handle: one process, DDP on any device, ZeRO, FSDP2
+DDP = ("MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
+SUPPORTED = ("NO", *DDP, "MULTI_NEURON", "DEEPSPEED", "FSDP")
 
 
 def keep_freed_memory() -> None:
@@ -39,11 +51,12 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
         log_with: trackers of accelerate.
 
     Raises:
-        UserError: a precision or a back end that this machine does not have.
+        UserError: a precision or a back end that this machine does not have, or a way to train that is not supported.
     """
     keep_freed_memory()
+    _refuse_asked()
     no_device = not torch.accelerator.is_available()
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     # Without a device accelerate has to be told to run on the CPU, but under DeepSpeed that would hide the other
     # processes: there it takes the backend instead.
     backend = {"backend": "gloo"} if no_device and deepspeed else {}
@@ -62,16 +75,82 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
         raise UserError(
             f"accelerate cannot run this configuration here: {reason} (change accelerate's --config_file)"
         ) from None
+    if _asked("ACCELERATE_USE_FSDP"):
+        _set_up_fsdp2(accelerator)
+    if accelerator.distributed_type not in SUPPORTED:
+        raise UserError(
+            f"distributed_type {accelerator.distributed_type.value} is not supported; take a file of "
+            "accelerate_configs/: one process, DDP, ZeRO 1, 2, 3 or FSDP2 (accelerate's --config_file)"
+        )
     if accelerator.state.deepspeed_plugin is not None:
-        # transformers would split the weights while it reads them; a ViT fits whole into host memory, where the head
-        # and the position embeddings are changed, and `prepare` splits it afterwards
-        transformers.integrations.unset_hf_deepspeed_config()
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        if "optimizer" in config or "scheduler" in config:
-            raise UserError(
-                "the DeepSpeed config holds an optimizer or scheduler block; remove it, the recipe owns both"
-            )
+        _set_up_deepspeed(accelerator.state.deepspeed_plugin)
     return accelerator
+
+
+def _asked(variable: str) -> bool:
+    """Whether `accelerate launch` has set a switch."""
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def _refuse_asked() -> None:
+    """Refuses what `accelerate launch` was asked for and what would run as something else, or not at all."""
+    for variable, what in (
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config (tensor, context or expert parallelism)"),
+    ):
+        if _asked(variable):
+            raise UserError(
+                f"{what} is not supported; take a file of accelerate_configs/: one process, DDP, ZeRO 1, 2, 3 or FSDP2 "
+                "(accelerate's --config_file)"
+            )
+    version = os.environ.get("FSDP_VERSION", "1")
+    if _asked("ACCELERATE_USE_FSDP") and version != "2":
+        raise UserError(
+            f"fsdp_version {version} is not supported, allowed is 2; take accelerate_configs/fsdp2.yaml, or write "
+            "fsdp_version: 2 into the fsdp_config of accelerate's --config_file"
+        )
+
+
+def _set_up_fsdp2(accelerator: accelerate.Accelerator) -> None:
+    """Gradients are reduced, and outputs given back, in fp32; every process reads the whole model, as ever. Where there
+    is no device accelerate leaves FSDP out without a word: its state is told."""
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+            shared["distributed_type"] = DistributedType.FSDP
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("FSDP2 needs more than one process, seen 1; set num_processes in accelerate's --config_file")
+    # transformers would leave the weights of all processes but the first empty; a ViT fits whole into host memory
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    state.fsdp_plugin.cpu_ram_efficient_loading = False
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
+
+
+def _set_up_deepspeed(plugin: DeepSpeedPlugin) -> None:
+    """Refuses what would train other than the recipe says, and fixes what the recipe cannot know."""
+    # transformers would split the weights while it reads them; a ViT fits whole into host memory, where the head
+    # and the position embeddings are changed, and `prepare` splits it afterwards
+    transformers.integrations.unset_hf_deepspeed_config()
+    config = plugin.deepspeed_config
+    if "optimizer" in config or "scheduler" in config:
+        raise UserError("the DeepSpeed config holds an optimizer or scheduler block; remove it, the recipe owns both")
+    if plugin.zero_stage == 0:
+        raise UserError(
+            "DeepSpeed's zero_optimization stage 0 splits nothing, and keeps no fp32 weights in 16 bits; allowed are 1, "
+            "2, 3, and plain DDP with accelerate_configs/ddp.yaml (accelerate's --config_file)"
+        )
+    zero = config["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        if (device := zero.get(part, {}).get("device", "none")) not in ("none", "cpu"):
+            raise UserError(f"the DeepSpeed config's {part} has device {device}; allowed are none and cpu")
+    config["zero_force_ds_cpu_optimizer"] = False  # offloaded or not, the same AdamW
+    # gradients of 16-bit weights are added up over micro-steps and processes in fp32, as everywhere else
+    config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+    config["communication_data_type"] = "fp32"
 
 
 def zero_stage(accelerator: accelerate.Accelerator) -> int:

@@ -86,15 +86,21 @@ class Partition:
         """Lets the low-precision copies and the replicas follow the masters."""
 
     def scaler_state(self) -> Scaler | None:
-        """The fp16 loss scaler's plain numbers; None where there is no scaler."""
+        """The fp16 loss scaler's plain numbers, {scale, good_steps since the last overflow or growth, ...}, the same under
+        every partition; None where there is no scaler."""
         scaler = self._accelerator.scaler
-        return scaler.state_dict() if scaler is not None and scaler.is_enabled() else None
+        if scaler is None or not scaler.is_enabled():
+            return None
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
     def load_scaler_state(self, state: Scaler) -> None:
         """Takes over what `scaler_state` gave; nothing where there is no scaler."""
         scaler = self._accelerator.scaler
         if scaler is not None and scaler.is_enabled():
-            scaler.load_state_dict(state)
+            now = scaler.state_dict()
+            good_steps = state["good_steps"] % now["growth_interval"]  # DeepSpeed counts on where torch starts again
+            scaler.load_state_dict(now | {"scale": state["scale"], "_growth_tracker": good_steps})
 
     def clip(self, max_grad_norm: float) -> Tensor:
         """Clips the gradients where the engine has not done it, between the last backward and the optimizer's step.
@@ -110,8 +116,16 @@ class Partition:
     def finite(self) -> Tensor:
         """1.0 where all masters of this process are finite, else 0.0: a scalar fp32 on the device, without a host sync.
         Processes hold different shares: reduce it (the mean or the least over all)."""
-        largest = torch._foreach_norm(self.masters(), float("inf"))  # NaN and infinity go through a maximum
-        return torch.stack(largest).isfinite().all().float()
+        masters = self.masters()
+        if not masters:
+            return torch.ones((), device=self._accelerator.device)
+        largest = torch._foreach_norm(masters, float("inf"))  # NaN and infinity go through a maximum
+        return torch.stack(largest).isfinite().all().float().to(self._accelerator.device)
+
+    def steps_left_out(self) -> int:
+        """How many updates the engine itself has left out since the start, because a gradient was not finite: a number
+        that the host knows. 0 where the engine leaves none out; accelerate's fp16 scaler is not counted here."""
+        return 0
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         """torch's own optimizer, under what accelerate and DeepSpeed put around it."""
@@ -135,8 +149,7 @@ class Whole(Partition):
         return self._state(name)[key]
 
     def optimizer_steps(self) -> int:
-        steps = (state["step"] for state in self._base_optimizer().state.values() if "step" in state)
-        return int(max(steps, default=0))
+        return count_of(self._base_optimizer())
 
     def set_weight(self, name: str, tensor: Tensor) -> None:
         self.full_weight(name).copy_(tensor)
@@ -146,8 +159,7 @@ class Whole(Partition):
 
     def set_optimizer_steps(self, steps: int) -> None:
         for name in self.trainable_names():
-            if "step" in (state := self._state(name)):
-                state["step"].fill_(steps)
+            set_count(self._state(name), steps)
 
     def clip(self, max_grad_norm: float) -> Tensor:
         if max_grad_norm:
@@ -171,6 +183,12 @@ def optimizer_state(base: torch.optim.Optimizer, parameter: Tensor, keys: tuple[
     return state
 
 
-def make_partition(accelerator: accelerate.Accelerator, model: nn.Module, engine: nn.Module, optimizer: Any):
-    """The Partition of what `accelerator.prepare` returned."""
-    return Whole(accelerator, model, optimizer)
+def count_of(base: torch.optim.Optimizer) -> int:
+    """How many updates torch's optimizer has counted."""
+    return int(max((state["step"] for state in base.state.values() if "step" in state), default=0))
+
+
+def set_count(state: dict[str, Tensor], steps: int) -> None:
+    """Sets the count in the state of one parameter, where one is kept."""
+    if "step" in state:
+        state["step"].fill_(steps)

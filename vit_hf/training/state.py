@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import accelerate
-from torch import nn
+from accelerate import DistributedType
+from torch import Tensor, nn
 
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import apply_batch_plan
 from vit_hf.training.ema import EMA
 from vit_hf.training.freeze import freeze_parameters
 from vit_hf.training.optimizer import OptimizerSettings, make_optimizer, parameter_groups
-from vit_hf.training.partition import Partition, make_partition
+from vit_hf.training.partition import Partition, Whole
 from vit_hf.training.schedule import BatchPlan
 
 
@@ -62,7 +63,25 @@ def prepare(
         )
     apply_batch_plan(accelerator, plan, max_grad_norm)
     groups = parameter_groups(model, weight_decay=optimizer.weight_decay, layer_decay=optimizer.layer_decay)
+    # frozen weights have no master under ZeRO, trainable ones are cast there: their storage stays ours
+    before = {name: p.detach() if p.requires_grad else p.detach().clone() for name, p in model.named_parameters()}
     engine, prepared = accelerator.prepare(model, make_optimizer(groups, optimizer))
-    partition = make_partition(accelerator, model, engine, prepared)
+    partition = make_partition(accelerator, model, engine, prepared, before)
+    del before
     ema = EMA(partition, model, ema_decay) if ema_decay else None
     return TrainState(accelerator, model, engine, prepared, partition, ema)
+
+
+def make_partition(
+    accelerator: accelerate.Accelerator, model: nn.Module, engine: nn.Module, optimizer: Any, before: dict[str, Tensor]
+) -> Partition:
+    """The Partition of what `accelerator.prepare` returned; `before` are the fp32 weights as they were before it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from vit_hf.training.zero import Zero
+
+        return Zero(accelerator, model, optimizer, engine, before)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from vit_hf.training.fsdp import Fsdp2
+
+        return Fsdp2(accelerator, model, optimizer)
+    return Whole(accelerator, model, optimizer)

@@ -1,0 +1,66 @@
+"""FSDP2 (torch's fully_shard): every parameter is split over the processes along its first dimension."""
+
+from typing import Any
+
+import accelerate
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
+
+from vit_hf.training.partition import Partition, count_of, optimizer_state, set_count
+
+
+class Fsdp2(Partition):
+    """The shards of this process are the fp32 masters; low-precision copies live only between gathering and use."""
+
+    name = "fsdp2"
+
+    def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
+        super().__init__(accelerator, model, optimizer)
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def masters(self) -> list[Tensor]:
+        shards = [self._parameters[name].detach().to_local() for name in self.trainable_names()]
+        return [shard for shard in shards if shard.numel()]  # a short tensor does not reach to all processes
+
+    def full_weight(self, name: str) -> Tensor:
+        return self._parameters[name].detach().full_tensor()
+
+    def full_moment(self, name: str, key: str) -> Tensor:
+        return self._state(name)[key].full_tensor()
+
+    def optimizer_steps(self) -> int:
+        return count_of(self._base_optimizer())
+
+    def set_weight(self, name: str, tensor: Tensor) -> None:
+        self._write(self._parameters[name].detach(), tensor)
+
+    def set_moment(self, name: str, key: str, tensor: Tensor) -> None:
+        self._write(self._state(name)[key], tensor)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        for name in self.trainable_names():
+            set_count(self._state(name), steps)
+
+    def refresh(self) -> None:
+        for module in self._sharded:  # after an evaluation the outermost one still holds gathered weights
+            module.reshard()
+
+    def clip(self, max_grad_norm: float) -> Tensor:
+        self._accelerator.unscale_gradients()
+        parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        return norm.full_tensor()
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return optimizer_state(self._base_optimizer(), self._parameters[name], self.moment_keys())
+
+    @torch.no_grad()
+    def _write(self, sharded: Tensor, whole: Tensor) -> None:
+        """Each process cuts its own shard from the whole, which all of them have."""
+        mesh, placements = sharded.device_mesh, sharded.placements
+        cut = distribute_tensor(whole.to(sharded.device), mesh, placements, src_data_rank=None)
+        sharded.to_local().copy_(cut.to_local())
