@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.runs import DEMO_DEFAULTS, ROOT, lines, words
+from tests.runs import DEMO_DEFAULTS, ROOT, in_process, lines, words
 from vit_hf.errors import UserError
 from vit_hf.training.manifest import find, read_manifest, seal
 
@@ -26,11 +26,7 @@ NAMES = ["..", "../manifest.json", "/etc/passwd", "", ".", "a/../../b", "a\\b", 
 def trained(tmp_path_factory):
     """A run's folder with checkpoint-1 and checkpoint-2."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    command = [
-        ROOT / "run_pretrain.py",
-        *words({**DEMO_DEFAULTS, "output_dir": folder, "max_steps": 2, "save_steps": 1}),
-    ]
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, capture_output=True)
+    in_process("pretrain", **{**DEMO_DEFAULTS, "output_dir": folder, "max_steps": 2, "save_steps": 1})
     return folder
 
 
