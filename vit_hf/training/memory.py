@@ -86,6 +86,22 @@ def largest_micro_batch(
     return size
 
 
+def bytes_beside_gradients(
+    model: nn.Module, *, moments: int, ema: bool, num_processes: int, split_moments: bool
+) -> int:
+    """What a device holds of a model beside weights, gradients and activations: the optimizer's moments, the average, and
+    DDP's buckets; for `largest_micro_batch`, which runs before there are any.
+
+    Args:
+        moments: of each weight: 2 for AdamW, 1 for SGD with momentum.
+        split_moments: whether the processes share moments and average (ZeRO, FSDP2).
+    """
+    count = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # fp32
+    held = count * (moments + ema)
+    buckets = count if num_processes > 1 else 0
+    return (held // num_processes if split_moments else held) + buckets
+
+
 def smallest_of_all(accelerator: accelerate.Accelerator, value: int) -> int:
     """The least of all processes' values, on each."""
     return min(accelerate.utils.gather_object([value]))
