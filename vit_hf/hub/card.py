@@ -80,7 +80,9 @@ def write_card(
             "```",
             "",
         ]
-    lines += _changes(resolved.get("changed", []))
+    for one in resolved.get("changed", []):
+        told = ", ".join(f"`{flag}` from {old} to {new}" for flag, (old, new) in one["flags"].items())
+        lines += [f"Changed on the way, after step {one['step']}: {told}.", ""]
     lines += ["Flags (all of them, with derived values, are in `run_config.yaml`):", "", "```yaml"]
     lines += [f"{key}: {value}" for key, value in run.items()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in resolved["versions"].items()) + ".", ""]
@@ -95,32 +97,6 @@ def _weights(ema_decay: float | None) -> str:
         "The weights are not those of the last step but the exponential moving average of the weights after each step "
         f"(`ema_decay: {ema_decay}`), and the numbers above are the average's; nothing was selected on this split."
     )
-
-
-def _changes(changed: list[dict[str, Any]]) -> list[str]:
-    """What was changed on the way.
-
-    Args:
-        changed: one for each start that changed flags: {"step", "flags": {name: [then, now]}}.
-    """
-    if not changed:
-        return []
-    rows = [
-        f"| {change['step']} | {name} | {_value(then)} | {_value(now)} |"
-        for change in changed
-        for name, (then, now) in change["flags"].items()
-    ]
-    return [
-        "Flags that were changed during the run; those below are the last ones:",
-        "",
-        "| after step | flag | until then | from then on |\n|---|---|---|---|",
-        *rows,
-        "",
-    ]
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def _size(image_size: int | list[int]) -> str:
