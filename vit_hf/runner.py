@@ -125,7 +125,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             print(f"warning: {warning}", file=sys.stderr)
     resume_from, manifest = open_folder(args, accelerator, resolved, output_dir)
     accelerator.init_trackers("vit_hf", config={k: v for k, v in identity(args).items() if v is not None})
-    form = model_folder(model, preprocessing.image_processor())
+    form = model_folder(accelerator, model, preprocessing.image_processor())
     state = prepare(args, accelerator, model, plan)
     record = {"run": identity(args), "exactness": exactness(args, accelerator, plan)}
     if resume_from is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -53,8 +54,8 @@ class ModelFolder:
         return written
 
 
-def model_folder(model: PreTrainedModel, processor: Any) -> ModelFolder:
-    """The folder that `save_pretrained` of a model and of its image processor write.
+def model_folder(accelerator: accelerate.Accelerator, model: PreTrainedModel, processor: Any) -> ModelFolder:
+    """The folder that `save_pretrained` of a model and of its image processor write, on every process. Collective.
 
     Args:
         model: only its class and its configuration are looked at; its weights may be anywhere.
@@ -63,6 +64,20 @@ def model_folder(model: PreTrainedModel, processor: Any) -> ModelFolder:
     Raises:
         ValueError: a model that is saved in another form than it is trained in.
     """
+    found: ModelFolder | ValueError | None = None
+    if accelerator.is_main_process:  # transformers writes on no other process
+        try:
+            found = _model_folder(model, processor)
+        except ValueError as error:
+            found = error
+    if accelerator.num_processes > 1:
+        (found,) = accelerate.utils.broadcast_object_list([found])
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _model_folder(model: PreTrainedModel, processor: Any) -> ModelFolder:
     with torch.device("meta"):
         form = type(model)(copy.deepcopy(model.config))  # saving changes a configuration
     tensors = form.state_dict()
