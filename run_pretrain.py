@@ -12,6 +12,7 @@ import contextlib
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 from vit_hf import analysis, data, evaluation, hub, training
 from vit_hf.arguments import RunArguments, changes, check, identity, parse, pick, plain
@@ -30,7 +31,7 @@ def main() -> None:
     repository.push()
 
 
-def pretrain(args: RunArguments, accelerator):
+def pretrain(args: RunArguments, accelerator: Any) -> Any:
     """The course of a run. Returns where its folder goes when it is finished."""
     from torch.nn.functional import cross_entropy  # torch and what needs it only once the flags are right
 
@@ -44,7 +45,6 @@ def pretrain(args: RunArguments, accelerator):
     started -= folder.seconds
     repository = hub.open_repository(accelerator, folder.path, pick(hub.HubSettings, args))
     if folder.finished:
-        accelerator.print(f"{folder.path} holds this run, finished; nothing to do (a new run needs another --output_dir)")
         return repository
 
     processes = data.Processes(**training.processes_of(accelerator))
@@ -57,9 +57,11 @@ def pretrain(args: RunArguments, accelerator):
         model = models.make_model(splits.class_names, which, keep_head=True)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
     sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
-    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args))
+    inputs = pick(data.PreprocessingSettings, args)
+    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, inputs)
 
-    plan = training.plan_batches(args.global_batch_size, accelerator.num_processes, args.per_device_train_batch_size)
+    batch_settings = pick(training.BatchSettings, args)
+    plan = training.fit_batches(accelerator, model, cross_entropy, preprocessing.image_size, batch_settings)
     schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     resolved = hub.resolve(accelerator, splits, model, preprocessing, plan, schedule, folder.changed)
     accelerator.print(hub.describe(flags, resolved, plan, schedule))
@@ -80,19 +82,18 @@ def pretrain(args: RunArguments, accelerator):
     training.resume(state, files, folder, record, schedule)
 
     # Images to the device, and what is done to them there
-    record_event = functools.partial(training.append_event, folder.path)
     loading = pick(data.LoadingSettings, args)
-    report = data.DataReport(accelerator, args.on_bad_image, training.read_jsonl(folder.path / "events.jsonl"), record_event)
+    report = data.DataReport(accelerator, args.on_bad_image, folder.events(), folder.record)
     steps = data.StepPlan(args.seed, folder.step, schedule.total_steps, accelerator.num_processes,
                           accelerator.process_index, plan.micro_batch_size, plan.accumulation)  # fmt: skip
-    batches, crop = data.train_batches(rows, preprocessing, steps, processes, loading, report.train, crop=args.random_crop)
+    batches, crop = data.train_batches(rows, preprocessing, steps, processes, loading, report.train)
     eval_batches = data.eval_batches(eval_rows, preprocessing, processes, loading, report.eval)
     augment = data.make_augment(pick(data.AugmentSettings, args), preprocessing, accelerator.device, seed=args.seed,
                                 num_classes=len(splits.class_names), crop=crop, first_step_of=schedule.first_step_of)  # fmt: skip
 
     # What falls due on the way, in the order in which it runs
     flops = models.training_flops(model.config)
-    numbers = [data.StarvedNote.of(batches, processes, record_event).numbers, report.numbers]
+    numbers = [data.StarvedNote.of(batches, processes, folder.record).numbers, report.numbers]
     checkpoints = training.Checkpoints(state, files, folder.path, total_limit=args.save_total_limit,
                                        on_save_error=args.on_save_error, timeout_seconds=args.ddp_timeout)  # fmt: skip
     normalise = data.normaliser(preprocessing, accelerator.device)
@@ -103,8 +104,8 @@ def pretrain(args: RunArguments, accelerator):
         training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
     ]
     if args.log_figures_steps:
-        draws, where = accelerator.is_main_process, folder.path / "figures"
-        draw = analysis.figure_drawer(state.model, splits.eval, preprocessing, where) if draws else None
+        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, folder.path / "figures",
+                                      draws=accelerator.is_main_process)  # fmt: skip
         actions.append(training.Draw(schedule.cadence(args.log_figures_steps), draw))
 
     settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,
@@ -112,8 +113,7 @@ def pretrain(args: RunArguments, accelerator):
     with contextlib.closing(iter(batches)) as stream:
         training.train(state, stream, plan, schedule, settings, augment, cross_entropy, actions)
 
-    hub.export_model(state, files, folder.path)
-    hub.finish_folder(state, folder.path, repository.name, flags, resolved, report.collect(), started)
+    hub.finish_run(state, files, folder.path, repository.name, flags, resolved, report.collect(), started)
     return repository
 
 

@@ -211,10 +211,14 @@ def figure_drawer(
     preprocessing: Preprocessing,
     folder: Path,
     number: int = 4,
+    *,
+    draws: bool = True,
 ) -> Callable[[int], dict[str, np.ndarray]] | None:
     """A function that draws the model as it then is, looking at the same few images of a split each time: called with the
     step, it writes the figures and index.html into the folder, over those of an earlier step, and returns the pictures by
-    name, uint8 (H, W, 3). None where no image of the split decodes."""
+    name, uint8 (H, W, 3). None where no image of the split decodes, or another process draws."""
+    if not draws:
+        return None
     images = sample_images(TableRows(split) if isinstance(split, datasets.Dataset) else split, preprocessing, number)
     if len(images) == 0:
         return None

@@ -63,7 +63,6 @@ def bench(argv: list[str]) -> None:
         Processes(device),
         pick(LoadingSettings, args),
         Faults(),
-        crop=args.random_crop,
     )
     augment = make_augment(
         pick(AugmentSettings, args),

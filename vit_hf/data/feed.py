@@ -43,6 +43,7 @@ class LoadingSettings:
     aug_repeats: int = 1
     class_balanced: bool = False
     per_device_eval_batch_size: int = 128
+    random_crop: RandomCrop = RandomCrop()
 
 
 def workers_per_process(asked: int | None, num_processes: int) -> int:
@@ -141,11 +142,9 @@ def train_batches(
     processes: Processes,
     settings: LoadingSettings,
     faults: Faults,
-    *,
-    crop: RandomCrop = RandomCrop(),
 ) -> tuple[DeviceBatches, RandomCrop]:
     """The micro-batches of this process at the steps of the plan, and the crop that is left to the device."""
-    make = functools.partial(_train_batches, rows, preprocessing, plan, processes, settings, faults, crop)
+    make = functools.partial(_train_batches, rows, preprocessing, plan, processes, settings, faults)
     return processes.machine_first(make, "decoding the training images")
 
 
@@ -156,9 +155,8 @@ def _train_batches(
     processes: Processes,
     settings: LoadingSettings,
     faults: Faults,
-    crop: RandomCrop,
 ) -> tuple[DeviceBatches, RandomCrop]:
-    device, say = processes.device, processes.say
+    device, say, crop = processes.device, processes.say, settings.random_crop
     batches = open_batches(rows, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True, say=say)
     workers = workers_per_process(settings.dataloader_num_workers, plan.num_processes)
     pieces, how = 1, ""

@@ -5,7 +5,7 @@ from vit_hf.front import front
 __getattr__ = front(
     __name__,
     {
-        "finish": "export_model finish_folder",
+        "finish": "finish_run",
         "push": "HubSettings open_repository",
         "resolved": "describe resolve",
     },

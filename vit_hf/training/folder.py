@@ -20,7 +20,7 @@ from vit_hf.training import checkpoint, manifest
 from vit_hf.training.model_folder import ModelFolder
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import append_event
+from vit_hf.training.tracking import append_event, read_jsonl
 from vit_hf.training.waiting import main_process_first
 
 # what a run writes beside run_config.yaml: where they are without it, they are somebody else's
@@ -54,6 +54,14 @@ class Folder:
     passed_over: dict[str, str] = field(default_factory=dict)
     changed: list[dict[str, Any]] = field(default_factory=list)
 
+    def events(self) -> list[dict[str, Any]]:
+        """What events.jsonl holds."""
+        return read_jsonl(self.path / "events.jsonl")
+
+    def record(self, event: str, **details: Any) -> None:
+        """Adds a line to events.jsonl, from any process."""
+        append_event(self.path, event, **details)
+
     @property
     def step(self) -> int:
         """Steps that earlier starts have done."""
@@ -78,6 +86,7 @@ def open_folder(accelerator: accelerate.Accelerator, path: Path, resume_from: st
     """
     finished = functools.partial(_is_finished, path, resume_from, differences)
     if main_process_first(accelerator, finished, f"looking at {path}"):
+        accelerator.print(f"{path} holds this run, finished; nothing to do (a new run needs another --output_dir)")
         return Folder(path, finished=True)
     found, read, passed_over = manifest.find_together(accelerator, path, resume_from)
     changed = list(read.get("changed", []))
