@@ -20,6 +20,7 @@ DEMO_DEFAULTS = dict(
     learning_rate=1e-3,
     warmup_steps=2,
     max_eval_samples=101,
+    save_total_limit="none",  # tests go back to early checkpoints
 )
 
 

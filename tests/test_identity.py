@@ -1,5 +1,6 @@
 """Which run a folder belongs to, and what may change of it when it goes on."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_the_length_may_be_given_in_the_other_unit():
         assert changes(identity(BASE), epochs, (name,), folder=HERE).keys() == told.keys()
     with pytest.raises(UserError, match="--change num_train_epochs,max_steps$"):
         changes(epochs, identity(BASE), folder=HERE)
+
+
+@pytest.mark.parametrize("before", [None, [], "seed: 1", 3])
+def test_what_holds_no_flags_is_said_in_one_line(before):
+    with pytest.raises(UserError, match="checkpoint-3 does not hold the flags of a run; choose another --output_dir"):
+        changes(before, identity(BASE), folder=HERE)
+
+
+@pytest.mark.parametrize(
+    "odd", [None, [], {}, {"a": [1]}, [[1]], True, -1, 10**400, float("nan"), "", "\0", "none", "9" * 5000]
+)
+def test_saved_values_of_any_kind_are_compared_without_an_error(odd):
+    for name in identity(BASE):
+        saved_identity({name: odd})
+        with contextlib.suppress(UserError):
+            changes({**identity(BASE), name: odd}, identity(BASE), MENDABLE, folder=HERE)
 
 
 def test_an_average_is_not_begun_or_dropped_in_the_middle():

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.runs import DEMO_DEFAULTS, ROOT, lines, python, trajectory
-from vit_hf.arguments import RunArguments
+from vit_hf.arguments import RunArguments, plain
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.study import execute
 from vit_hf.study.execute import Launcher
@@ -348,7 +348,7 @@ def test_a_folder_with_another_run_is_not_finished(tmp_path, run):
 def finish(cell, seconds):
     """Writes what a finished run leaves, as far as a study looks at it."""
     cell.output_dir.mkdir(parents=True, exist_ok=True)
-    (cell.output_dir / "run_config.yaml").write_text(yaml.safe_dump(vars(cell.args)))
+    (cell.output_dir / "run_config.yaml").write_text(yaml.safe_dump(plain(cell.args)))
     (cell.output_dir / "all_results.json").write_text(json.dumps({"wall_time_seconds": seconds}))
     if cell.start_from is not None:
         cell.origin.write_text(execute.fingerprint(cell.start_from))

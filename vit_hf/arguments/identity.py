@@ -28,11 +28,8 @@ def saved_identity(before: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, item in _FIELDS.items():
         if not item.metadata["same_run"]:
-            found[name] = plain_of(item, default_of(item))
-            if name in before:
-                found[name] = _same_text(item, before[name])
-    if "split_seed" not in before:
-        found["split_seed"] = before.get("seed", 0)  # there was one seed for both
+            found[name] = _same_text(item, before.get(name, plain_of(item, default_of(item))))
+    found["split_seed"] = before.get("split_seed", before.get("seed", 0))  # there was one seed for both
     if not found["streaming"]:
         found["shuffle_buffer_size"] = None  # it is not used
     return found
@@ -57,8 +54,10 @@ def changes(
         folder: where `before` was found.
 
     Raises:
-        UserError: something differs that is not named, or cannot change in a run.
+        UserError: something differs that is not named, or cannot change in a run; or `before` is no run's.
     """
+    if not isinstance(before, dict):
+        raise UserError(f"{folder} does not hold the flags of a run; choose another --output_dir, or remove it")
     then = saved_identity(before)
     differ = {name: (then[name], now[name]) for name in now if then[name] != now[name]}
     named = {other for name in allowed for other in _with_alternatives(name)}
