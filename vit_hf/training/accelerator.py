@@ -55,6 +55,7 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
     """
     keep_freed_memory()
     _refuse_asked()
+    _let_precision_through()
     no_device = not torch.accelerator.is_available()
     deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     # Without a device accelerate has to be told to run on the CPU, but under DeepSpeed that would hide the other
@@ -92,6 +93,14 @@ def _asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
+def _let_precision_through() -> None:
+    """accelerate refuses a config with both a deepspeed_config_file and mixed_precision, though the file may leave it
+    "auto", as ours do. The launcher has put the precision into the environment; only that refusal is taken out."""
+    fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    if "mixed_precision" in fields:
+        os.environ["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(field for field in fields if field != "mixed_precision")
+
+
 def _refuse_asked() -> None:
     """Refuses what `accelerate launch` was asked for and what would run as something else, or not at all."""
     for variable, what in (
@@ -112,8 +121,8 @@ def _refuse_asked() -> None:
 
 
 def _set_up_fsdp2(accelerator: accelerate.Accelerator) -> None:
-    """Gradients are reduced, and outputs given back, in fp32; every process reads the whole model, as ever. Where there
-    is no device accelerate leaves FSDP out without a word: its state is told."""
+    """Gradients are added up in fp32; every process reads the whole model, as ever. Where there is no device accelerate
+    leaves FSDP out without a word: its state is told."""
     state = accelerator.state
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -125,9 +134,7 @@ def _set_up_fsdp2(accelerator: accelerate.Accelerator) -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     state.fsdp_plugin.cpu_ram_efficient_loading = False
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
-    )
+    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
 def _set_up_deepspeed(plugin: DeepSpeedPlugin) -> None:

@@ -64,3 +64,17 @@ class Fsdp2(Partition):
         mesh, placements = sharded.device_mesh, sharded.placements
         cut = distribute_tensor(whole.to(sharded.device), mesh, placements, src_data_rank=None)
         sharded.to_local().copy_(cut.to_local())
+
+
+def prepare_fsdp2(accelerator: accelerate.Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    """accelerate's `prepare`: each layer of the model's _no_split_modules is gathered by itself.
+
+    Returns:
+        engine (the model itself), optimizer.
+    """
+    # accelerate asks for the embeddings of words, and transformers answers with an error for a model that has none
+    model.get_input_embeddings = lambda: None
+    try:
+        return accelerator.prepare(model, optimizer)
+    finally:
+        del model.get_input_embeddings

@@ -15,7 +15,7 @@ LAYER = re.compile(r"vit\.layers\.(\d+)\.")
 class OptimizerSettings:
     """What the recipe says of the optimizer."""
 
-    optim: str  # adamw or sgd
+    optim: str  # adamw_torch or sgd
     learning_rate: float  # the peak
     weight_decay: float = 0.0
     layer_decay: float = 1.0

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import accelerate
+import torch
 from accelerate import DistributedType
-from torch import Tensor, nn
+from torch import nn
 
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import apply_batch_plan
@@ -63,25 +64,27 @@ def prepare(
         )
     apply_batch_plan(accelerator, plan, max_grad_norm)
     groups = parameter_groups(model, weight_decay=optimizer.weight_decay, layer_decay=optimizer.layer_decay)
-    # frozen weights have no master under ZeRO, trainable ones are cast there: their storage stays ours
-    before = {name: p.detach() if p.requires_grad else p.detach().clone() for name, p in model.named_parameters()}
-    engine, prepared = accelerator.prepare(model, make_optimizer(groups, optimizer))
-    partition = make_partition(accelerator, model, engine, prepared, before)
-    del before
+    made = make_optimizer(groups, optimizer)
+    engine, prepared, partition = _partitioned(accelerator, model, made)
     ema = EMA(partition, model, ema_decay) if ema_decay else None
     return TrainState(accelerator, model, engine, prepared, partition, ema)
 
 
-def make_partition(
-    accelerator: accelerate.Accelerator, model: nn.Module, engine: nn.Module, optimizer: Any, before: dict[str, Tensor]
-) -> Partition:
-    """The Partition of what `accelerator.prepare` returned; `before` are the fp32 weights as they were before it."""
+def _partitioned(
+    accelerator: accelerate.Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, Any, Partition]:
+    """Engine and optimizer as accelerate prepares them, and what each process then holds."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from vit_hf.training.zero import Zero
 
-        return Zero(accelerator, model, optimizer, engine, before)
+        # frozen weights have no master there; trainable ones are cast, and these tensors are not
+        before = {name: p.detach() if p.requires_grad else p.detach().clone() for name, p in model.named_parameters()}
+        engine, prepared = accelerator.prepare(model, optimizer)
+        return engine, prepared, Zero(accelerator, model, prepared, engine, before)
     if accelerator.distributed_type == DistributedType.FSDP:
-        from vit_hf.training.fsdp import Fsdp2
+        from vit_hf.training.fsdp import Fsdp2, prepare_fsdp2
 
-        return Fsdp2(accelerator, model, optimizer)
-    return Whole(accelerator, model, optimizer)
+        engine, prepared = prepare_fsdp2(accelerator, model, optimizer)
+        return engine, prepared, Fsdp2(accelerator, model, prepared)
+    engine, prepared = accelerator.prepare(model, optimizer)
+    return engine, prepared, Whole(accelerator, model, prepared)
