@@ -22,7 +22,7 @@ from vit_hf.training.ema import EMA
 from vit_hf.training.files import write_tensors
 from vit_hf.training.manifest import BrokenCheckpoint, find, move_aside, read_manifest
 from vit_hf.training.model_folder import ModelFolder, model_folder
-from vit_hf.training.partition import make_partition
+from vit_hf.training.partition import Whole
 from vit_hf.training.state import TrainState
 
 RECORD = {"run": {}, "exactness": {}, "wall_time_seconds": 1.0}
@@ -37,7 +37,7 @@ def make_state(optim="adamw", ema=True):
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     engine, optimizer = accelerator.prepare(model, optimizer)
-    partition = make_partition(accelerator, model, engine, optimizer)
+    partition = Whole(accelerator, model, optimizer)
     return TrainState(accelerator, model, engine, optimizer, partition, EMA(partition, model, 0.9) if ema else None)
 
 
@@ -429,7 +429,7 @@ def test_every_familys_checkpoint_is_the_folder_that_its_save_pretrained_writes(
         accelerator = accelerate.Accelerator(cpu=True)
         form = model_folder(accelerator, model, processor)
         engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-        partition = make_partition(accelerator, model, engine, optimizer)
+        partition = Whole(accelerator, model, optimizer)
         return TrainState(accelerator, model, engine, optimizer, partition), form
 
     state, form = build(0)
