@@ -411,7 +411,7 @@ def test_out_of_memory_is_one_line(tmp_path, error):
         Run(tmp_path).train(objective=full)
     (tmp_path / "evaluation").mkdir()
     with pytest.raises(UserError, match="in the evaluation; lower --per_device_eval_batch_size to 16"):
-        Run(tmp_path / "evaluation", eval_batch_size=32).train(evaluate=full)
+        Run(tmp_path / "evaluation", per_device_eval_batch_size=32).train(evaluate=full)
     (tmp_path / "drawing").mkdir()
     Run(tmp_path / "drawing").train(draw_steps=2, draw=full)  # is no reason to end a run
     assert (tmp_path / "drawing/events.jsonl").read_text().count("figures_left_out") == 2

@@ -33,7 +33,7 @@ class LoopSettings:
         max_grad_norm: 0: gradients are not clipped.
         first_step: of this start; the steps before it were done by earlier ones.
         training_flops_per_image: operations of an image's forward and backward pass, where they are known.
-        eval_batch_size: images that a process evaluates at once, for the line that says that they are too many.
+        per_device_eval_batch_size: images that a process evaluates at once, for the line that says that they are too many.
         on_nonfinite: stop, or skip steps whose gradients are not finite (NonFinite).
         spike_threshold: of the loss, in robust deviations; 0: not looked for (NonFinite).
     """
@@ -44,7 +44,7 @@ class LoopSettings:
     max_grad_norm: float
     first_step: int = 0
     training_flops_per_image: float | None = None
-    eval_batch_size: int | None = None
+    per_device_eval_batch_size: int | None = None
     on_nonfinite: str = "stop"
     spike_threshold: float = 0.0
 

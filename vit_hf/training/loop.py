@@ -127,7 +127,7 @@ def _out_of_memory(moment: Moment) -> UserError:
     share = plan.micro_batch_size * plan.accumulation
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
     training = moment.state.engine.training
-    return out_of_memory(plan.micro_batch_size, share, training, checkpointing, settings.eval_batch_size)
+    return out_of_memory(plan.micro_batch_size, share, training, checkpointing, settings.per_device_eval_batch_size)
 
 
 def _stopped(actions: Sequence[Action], moment: Moment, number: int) -> UserError:
