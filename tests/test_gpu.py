@@ -2,6 +2,7 @@
 
 import functools
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vit_hf.data.order import StepPlan, StreamOrder
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.table import TableRows
 from vit_hf.models.presets import from_preset
+from vit_hf.training.tracking import Tracker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 AUGMENTED = {**DEMO_DEFAULTS, "random_crop": "padding=3", "random_flip": 0.5}
@@ -159,3 +161,21 @@ def test_attention_back_ends_agree(implementation):
             expected = model(images, output_attentions=True).logits  # written out
             model.set_attn_implementation(implementation)
             torch.testing.assert_close(model(images).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_under_way_when_an_evaluation_begins_are_training_time(tmp_path):
+    """A host runs ahead of its device: what it has asked for before a pause is not the pause's."""
+    tracker = Tracker(accelerate.Accelerator(), tmp_path, 0, total_steps=1)
+    weights = torch.randn(8192, 8192, device="cuda") @ torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    tracker.window(0)
+    start.record()
+    for _ in range(30):
+        weights @ weights
+    end.record()
+    with tracker.pause():
+        torch.cuda.synchronize()
+    seconds = 1 / tracker.window(1)["images_per_second"]
+    tracker.close()
+    assert seconds > 0.9 * start.elapsed_time(end) / 1000

@@ -400,12 +400,28 @@ def test_a_stop_whose_checkpoint_cannot_be_written_does_not_claim_one(tmp_path):
     assert caught.value.exit_status == 1 and not (tmp_path / "checkpoint-2").exists()
 
 
-def test_out_of_memory_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_out_of_memory_is_one_line(tmp_path, error):
     def full(*_):
-        raise torch.OutOfMemoryError
+        raise error
 
-    with pytest.raises(UserError, match="out of device memory.*lower --per_device_train_batch_size"):
+    with pytest.raises(UserError, match="memory with 8 images at once; lower --per_device_train_batch_size to 4"):
         Run(tmp_path).train(objective=full)
     (tmp_path / "evaluation").mkdir()
-    with pytest.raises(UserError, match="out of device memory in the evaluation"):
-        Run(tmp_path / "evaluation").train(evaluate=full)
+    with pytest.raises(UserError, match="in the evaluation; lower --per_device_eval_batch_size to 16"):
+        Run(tmp_path / "evaluation", per_device_eval_batch_size=32).train(evaluate=full)
+    (tmp_path / "drawing").mkdir()
+    Run(tmp_path / "drawing").train(draw_steps=2, draw=full)  # is no reason to end a run
+    assert (tmp_path / "drawing/events.jsonl").read_text().count("figures_left_out") == 2
+
+
+def test_other_errors_are_not_taken_for_a_full_device(tmp_path):
+    def wrong(*_):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Run(tmp_path).train(objective=wrong)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Run(tmp_path).train(draw_steps=1, draw=wrong)

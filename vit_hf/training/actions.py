@@ -17,6 +17,7 @@ import torch
 
 from vit_hf.training.accelerator import share_buffers
 from vit_hf.training.checkpoint import Checkpoints
+from vit_hf.training.memory import is_out_of_memory
 from vit_hf.training.nonfinite import NonFinite
 from vit_hf.training.schedule import BatchPlan, Cadence, Schedule
 from vit_hf.training.state import TrainState
@@ -32,6 +33,7 @@ class LoopSettings:
         max_grad_norm: 0: gradients are not clipped.
         first_step: of this start; the steps before it were done by earlier ones.
         training_flops_per_image: operations of an image's forward and backward pass, where they are known.
+        per_device_eval_batch_size: images that a process evaluates at once, for the line that says that they are too many.
         on_nonfinite: stop, or skip steps whose gradients are not finite (NonFinite).
         spike_threshold: of the loss, in robust deviations; 0: not looked for (NonFinite).
     """
@@ -42,6 +44,7 @@ class LoopSettings:
     max_grad_norm: float
     first_step: int = 0
     training_flops_per_image: float | None = None
+    per_device_eval_batch_size: int | None = None
     on_nonfinite: str = "stop"
     spike_threshold: float = 0.0
 
@@ -263,7 +266,9 @@ class Draw(Action):
             try:
                 if self.draw is not None:
                     moment.tracker.write_images(self.draw(moment.step), moment.step)
-            except (torch.OutOfMemoryError, ValueError) as error:
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
                 # no reason to end a run; what is not finite has a line of its own when the run logs
                 append_event(
                     moment.settings.output_dir,

@@ -5,14 +5,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import seed_micro_step
 from vit_hf.training.actions import Action, Log, LoopSettings, Moment
-from vit_hf.training.guards import out_of_memory
+from vit_hf.training.memory import is_out_of_memory, out_of_memory
 from vit_hf.training.nonfinite import NonFinite
 from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
@@ -93,8 +92,10 @@ def train(
                 raise _stopped(actions, moment, guard.number)
         for action in actions:
             action.finish(moment)
-    except torch.OutOfMemoryError:
-        raise out_of_memory(plan.micro_batch_size, engine.training) from None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(moment) from None
+        raise
     finally:
         guard.release()
         for action in actions:
@@ -118,6 +119,15 @@ def _missing(actions: Sequence[Action], moment: Moment) -> list[Action]:
     here = [line for line in lines if line["step"] == moment.step]
     told = [[action.cadence.is_due(moment.step) and action.is_missing(here) for action in actions]]
     return [action for action, missing in zip(actions, broadcast_object_list(told)[0], strict=True) if missing]
+
+
+def _out_of_memory(moment: Moment) -> UserError:
+    """The end of a run for which the device is too small."""
+    plan, model, settings = moment.plan, moment.state.model, moment.settings
+    share = plan.micro_batch_size * plan.accumulation
+    checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    training = moment.state.engine.training
+    return out_of_memory(plan.micro_batch_size, share, training, checkpointing, settings.per_device_eval_batch_size)
 
 
 def _stopped(actions: Sequence[Action], moment: Moment, number: int) -> UserError:
