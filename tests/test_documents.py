@@ -110,14 +110,26 @@ def test_documented_command(words):
     elif words[:2] == ["vit-hf", "convert"]:
         assert len(words) == 4 or words[4:] == ["--to", "timm"]
     else:
-        assert words[0] in ("git", "cd", "pip", "python3", "source", "hf", "tensorboard", "kill", "."), words
+        assert words[0] in (
+            "git",
+            "cd",
+            "pip",
+            "python3",
+            "source",
+            "hf",
+            "tensorboard",
+            "kill",
+            "pkill",
+            "ssh",
+            ".",
+        ), words
 
 
 def test_flags_in_the_docs_exist():
     classes = (CacheArguments, RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
-                "--main_process_port", "--mixed_precision", "--index-url", "--shm-size", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices"}  # fmt: skip
+                "--main_process_port", "--mixed_precision", "--index-url", "--shm-size", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue"}  # fmt: skip
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
             assert flag in known | launcher, f"{page.name}: {flag}"
