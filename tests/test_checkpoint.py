@@ -21,7 +21,7 @@ from vit_hf.training.checkpoint import Checkpoints, load
 from vit_hf.training.ema import EMA
 from vit_hf.training.files import write_tensors
 from vit_hf.training.manifest import BrokenCheckpoint, find, move_aside, read_manifest
-from vit_hf.training.model_folder import ModelFolder, model_folder
+from vit_hf.training.model_folder import ModelFolder, files_of
 from vit_hf.training.partition import Whole
 from vit_hf.training.state import TrainState
 
@@ -427,7 +427,7 @@ def test_every_familys_checkpoint_is_the_folder_that_its_save_pretrained_writes(
             for tensor in filter(torch.is_floating_point, model.state_dict().values()):
                 tensor.add_(torch.rand_like(tensor) * 0.1)
         accelerator = accelerate.Accelerator(cpu=True)
-        form = model_folder(accelerator, model, processor)
+        form = files_of(accelerator, model, processor)
         engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
         partition = Whole(accelerator, model, optimizer)
         return TrainState(accelerator, model, engine, optimizer, partition), form

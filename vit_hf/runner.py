@@ -45,7 +45,7 @@ from vit_hf.training import manifest as manifests
 from vit_hf.training.accelerator import end, zero_stage
 from vit_hf.training.checkpoint import Checkpoints
 from vit_hf.training.loop import LoopSettings, train
-from vit_hf.training.model_folder import model_folder
+from vit_hf.training.model_folder import files_of
 from vit_hf.training.objective import soft_cross_entropy
 from vit_hf.training.schedule import BatchPlan, Schedule, make_schedule, plan_batches
 from vit_hf.training.state import TrainState
@@ -125,7 +125,7 @@ def run(args: RunArguments, build_model: BuildModel) -> None:
             print(f"warning: {warning}", file=sys.stderr)
     resume_from, manifest = open_folder(args, accelerator, resolved, output_dir)
     accelerator.init_trackers("vit_hf", config={k: v for k, v in identity(args).items() if v is not None})
-    form = model_folder(accelerator, model, preprocessing.image_processor())
+    form = files_of(accelerator, model, preprocessing.image_processor())
     state = prepare(args, accelerator, model, plan)
     record = {"run": identity(args), "exactness": exactness(args, accelerator, plan)}
     if resume_from is not None:

@@ -54,7 +54,7 @@ class ModelFolder:
         return written
 
 
-def model_folder(accelerator: accelerate.Accelerator, model: PreTrainedModel, processor: Any) -> ModelFolder:
+def files_of(accelerator: accelerate.Accelerator, model: PreTrainedModel, processor: Any) -> ModelFolder:
     """The folder that `save_pretrained` of a model and of its image processor write, on every process. Collective.
 
     Args:
@@ -67,7 +67,7 @@ def model_folder(accelerator: accelerate.Accelerator, model: PreTrainedModel, pr
     found: ModelFolder | ValueError | None = None
     if accelerator.is_main_process:  # transformers writes on no other process
         try:
-            found = _model_folder(model, processor)
+            found = _files_of(model, processor)
         except ValueError as error:
             found = error
     if accelerator.num_processes > 1:
@@ -77,7 +77,7 @@ def model_folder(accelerator: accelerate.Accelerator, model: PreTrainedModel, pr
     return found
 
 
-def _model_folder(model: PreTrainedModel, processor: Any) -> ModelFolder:
+def _files_of(model: PreTrainedModel, processor: Any) -> ModelFolder:
     with torch.device("meta"):
         form = type(model)(copy.deepcopy(model.config))  # saving changes a configuration
     tensors = form.state_dict()
