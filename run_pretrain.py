@@ -8,37 +8,113 @@ Every flag can stand in the YAML file under its own name; a flag wins over the f
 demo recipe. Where it runs (devices, precision, ZeRO) is the business of `accelerate launch`.
 """
 
+import contextlib
+import functools
+import time
 from pathlib import Path
 
-from vit_hf.arguments import RunArguments, check, parse, parse_image_size
-from vit_hf.errors import exit_with
+from vit_hf import analysis, data, evaluation, hub, training
+from vit_hf.arguments import RunArguments, changes, check, identity, parse, pick, plain
+from vit_hf.errors import exit_with, model_errors
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
-
-
-def build_model(args: RunArguments, class_names: list[str]):
-    """The preset with random weights, or, with --model_name_or_path, training that goes on from given weights."""
-    from vit_hf.data.preprocessing import own_preprocessing
-    from vit_hf.models.configuration_vit import pair
-    from vit_hf.models.presets import for_new_labels, from_preset, load_pretrained, parse_overrides
-
-    changes = parse_overrides(args.config_overrides)
-    if args.image_size is not None:
-        changes["image_size"] = parse_image_size(args.image_size)
-    if args.preset is not None:
-        return from_preset(args.preset, class_names, changes), None
-    model = load_pretrained(args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    own = own_preprocessing(args.model_name_or_path, args.revision, pair(model.config.image_size))
-    same_classes = list(model.config.id2label.values()) == class_names
-    return for_new_labels(model, class_names, changes, keep_head=same_classes), own
 
 
 def main() -> None:
     args = parse(RunArguments, prog="run_pretrain.py", description=__doc__.splitlines()[0], default_config=DEMO)
     check(args)
-    from vit_hf.runner import run  # torch and the rest only once the flags are right
+    accelerator = training.build_accelerator(args.ddp_timeout, args.report_to, args.output_dir)
+    with training.lost_process(accelerator, args.ddp_timeout):
+        repository = pretrain(args, accelerator)
+        training.end(accelerator)
+    repository.push()
 
-    run(args, build_model)
+
+def pretrain(args: RunArguments, accelerator):
+    """The course of a run. Returns where its folder goes when it is finished."""
+    from torch.nn.functional import cross_entropy  # torch and what needs it only once the flags are right
+
+    from vit_hf import models
+
+    # Whose folder it is, and where the run goes on from
+    started, flags, run = time.perf_counter(), plain(args), identity(args)
+    training.check_drawing(accelerator, args.log_figures_steps)
+    differences = functools.partial(changes, now=run, allowed=args.change)
+    folder = training.open_folder(accelerator, Path(args.output_dir), args.resume_from_checkpoint, differences)
+    started -= folder.seconds
+    repository = hub.open_repository(accelerator, folder.path, pick(hub.HubSettings, args))
+    if folder.finished:
+        accelerator.print(f"{folder.path} holds this run, finished; nothing to do (a new run needs another --output_dir)")
+        return repository
+
+    processes = data.Processes(**training.processes_of(accelerator))
+    splits = data.load_splits(pick(data.SetSettings, args, revision=None), processes)  # args.revision is the model's
+    rows, eval_rows = splits.rows("train"), splits.rows("eval")
+
+    # Random weights; or, with --model_name_or_path, training that goes on, under the same head where the classes are the same
+    which = pick(models.ModelSettings, args)
+    with model_errors(args.preset, args.model_name_or_path):
+        model = models.make_model(splits.class_names, which, keep_head=True)
+        own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
+    sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
+    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args))
+
+    plan = training.plan_batches(args.global_batch_size, accelerator.num_processes, args.per_device_train_batch_size)
+    schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
+    resolved = hub.resolve(accelerator, splits, model, preprocessing, plan, schedule, folder.changed)
+    accelerator.print(hub.describe(flags, resolved, plan, schedule))
+    if args.dry_run:
+        accelerator.print("dry run: nothing was trained")
+        return repository
+
+    training.begin(accelerator, folder, {**flags, "resolved": resolved})
+    training.open_trackers(accelerator, folder.path, args.run_name or folder.path.name, run, folder.step)
+
+    # Model and optimizer on the device, as the checkpoint left them
+    files = training.files_of(accelerator, model, preprocessing.image_processor())
+    optimizer = pick(training.OptimizerSettings, args, betas=(args.adam_beta1, args.adam_beta2))
+    state = training.prepare(accelerator, model, plan, optimizer=optimizer, max_grad_norm=args.max_grad_norm,
+                             ema_decay=args.ema_decay, gradient_checkpointing=args.gradient_checkpointing,
+                             torch_compile=args.torch_compile, freeze=args.freeze)  # fmt: skip
+    record = training.record_of(state, folder, run, plan, schedule, args.torch_compile)
+    training.resume(state, files, folder, record, schedule)
+
+    # Images to the device, and what is done to them there
+    record_event = functools.partial(training.append_event, folder.path)
+    loading = pick(data.LoadingSettings, args)
+    report = data.DataReport(accelerator, args.on_bad_image, training.read_jsonl(folder.path / "events.jsonl"), record_event)
+    steps = data.StepPlan(args.seed, folder.step, schedule.total_steps, accelerator.num_processes,
+                          accelerator.process_index, plan.micro_batch_size, plan.accumulation)  # fmt: skip
+    batches, crop = data.train_batches(rows, preprocessing, steps, processes, loading, report.train, crop=args.random_crop)
+    eval_batches = data.eval_batches(eval_rows, preprocessing, processes, loading, report.eval)
+    augment = data.make_augment(pick(data.AugmentSettings, args), preprocessing, accelerator.device, seed=args.seed,
+                                num_classes=len(splits.class_names), crop=crop, first_step_of=schedule.first_step_of)  # fmt: skip
+
+    # What falls due on the way, in the order in which it runs
+    flops = models.training_flops(model.config)
+    numbers = [data.StarvedNote.of(batches, processes, record_event).numbers, report.numbers]
+    checkpoints = training.Checkpoints(state, files, folder.path, total_limit=args.save_total_limit,
+                                       on_save_error=args.on_save_error, timeout_seconds=args.ddp_timeout)  # fmt: skip
+    normalise = data.normaliser(preprocessing, accelerator.device)
+    evaluate = functools.partial(evaluation.evaluate_model, state.engine, eval_batches, normalise, accelerator)
+    actions = [
+        training.Log(schedule.cadence(args.logging_steps), numbers, training.mfu_scale(accelerator, flops)),
+        training.Save(schedule.cadence(args.save_steps), checkpoints, record),
+        training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
+    ]
+    if args.log_figures_steps:
+        draws, where = accelerator.is_main_process, folder.path / "figures"
+        draw = analysis.figure_drawer(state.model, splits.eval, preprocessing, where) if draws else None
+        actions.append(training.Draw(schedule.cadence(args.log_figures_steps), draw))
+
+    settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,
+                    training_flops_per_image=flops)  # fmt: skip
+    with contextlib.closing(iter(batches)) as stream:
+        training.train(state, stream, plan, schedule, settings, augment, cross_entropy, actions)
+
+    hub.export_model(state, files, folder.path)
+    hub.finish_folder(state, folder.path, repository.name, flags, resolved, report.collect(), started)
+    return repository
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import torch
 import transformers
 from PIL import Image, ImageEnhance, ImageOps
 from reports import environment, read_report
+from torch.nn.functional import cross_entropy
 
 from vit_hf.arguments import Parser, RandomCrop
 from vit_hf.data.augment.mixing import Mixing
@@ -61,11 +62,12 @@ from vit_hf.errors import ArgumentError, UserError, exit_with
 from vit_hf.hub.export import write_json
 from vit_hf.models.presets import from_preset
 from vit_hf.training.accelerator import keep_freed_memory
-from vit_hf.training.checkpoint import TrainState
+from vit_hf.training.actions import Log
 from vit_hf.training.loop import LoopSettings, train
-from vit_hf.training.objective import soft_cross_entropy
-from vit_hf.training.optimizer import make_optimizer, parameter_groups
-from vit_hf.training.schedule import make_schedule, plan_batches
+from vit_hf.training.optimizer import OptimizerSettings
+from vit_hf.training.schedule import Schedule, plan_batches
+from vit_hf.training.state import TrainState
+from vit_hf.training.state import prepare as prepare_state
 
 HALF = [0.5, 0.5, 0.5]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -336,40 +338,30 @@ def training(folder: Path, device: torch.device) -> dict[str, Turn]:
     def new_state() -> TrainState:
         torch.manual_seed(0)
         model = from_preset(preset, [str(k) for k in range(10)], {})
-        groups = parameter_groups(model, weight_decay=0.1, layer_decay=1.0)
-        optimizer = make_optimizer(groups, optim="adamw_torch", learning_rate=1e-3, betas=(0.9, 0.999), momentum=0.9)
-        engine, optimizer = accelerator.prepare(model, optimizer)
-        return TrainState(accelerator, model, engine, optimizer)
+        return prepare_state(
+            accelerator, model, plan, optimizer=OptimizerSettings("adamw", 1e-3, 0.1), max_grad_norm=1.0
+        )
 
+    plan = plan_batches(batch_size, 1, None)
     state, ceiling_state = new_state(), new_state()
     stream, numbers = our_batches(batches, batch_size, device), itertools.count()
-    plan = plan_batches(batch_size, 1, None)
 
     def our_loop() -> float:
         output_dir = folder / f"run-{next(numbers)}"
         output_dir.mkdir()
-        schedule = make_schedule(
-            num_samples=len(batches), global_batch_size=batch_size, num_train_epochs=None, max_steps=steps,
-            warmup_steps=0, warmup_ratio=None, learning_rate=1e-3, kind="constant",
-        )  # fmt: skip
-        settings = LoopSettings(
-            output_dir=output_dir, record={"run": {}}, start_time=0.0, seed=0, max_grad_norm=1.0, logging_steps=steps,
-            eval_steps=10**9, save_steps=10**9, save_total_limit=1,
-        )  # fmt: skip
-        train(
-            state, stream, plan=plan, schedule=schedule, settings=settings, augment=augment,
-            objective=soft_cross_entropy, evaluate=dict,
-        )  # fmt: skip
+        schedule = Schedule(len(batches), batch_size, steps, warmup_steps=0, learning_rate=1e-3, kind="constant")
+        settings = LoopSettings(output_dir, start_time=0.0, seed=0, max_grad_norm=1.0)
+        train(state, stream, plan, schedule, settings, augment, cross_entropy, [Log(schedule.cadence(steps))])
         lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
         return lines[0]["images_per_second"]
 
-    resident = augment(next(our_batches(batches, batch_size, device)), 0, 0, 0)
+    pixel_values, targets = augment(next(our_batches(batches, batch_size, device)), 0, 0, 0)
 
     def ceiling() -> float:
         engine, optimizer = ceiling_state.engine, ceiling_state.optimizer
         start = time.perf_counter()
         for _ in range(steps):
-            accelerator.backward(soft_cross_entropy(engine, *resident))
+            accelerator.backward(cross_entropy(engine(pixel_values=pixel_values).logits.float(), targets))
             norm = accelerator.clip_grad_norm_(engine.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

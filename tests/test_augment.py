@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 from torch.nn.functional import one_hot
 
-from vit_hf.arguments import RandomCrop, RunArguments
+from vit_hf.arguments import RandAugment, RandomCrop, RunArguments, pick
 from vit_hf.data import randomness
 from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
 from vit_hf.data.augment.erasing import erasing_boxes, random_erasing
 from vit_hf.data.augment.mixing import Mixing, mix
-from vit_hf.data.augment.pipeline import Augment, normalise
+from vit_hf.data.augment.pipeline import Augment, AugmentSettings, make_augment, normalise
 from vit_hf.data.augment.policies import color_jitter, rand_augment, trivial_augment
-from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
+from vit_hf.data.preprocessing import Preprocessing, PreprocessingSettings, choose_preprocessing
 from vit_hf.data.randomness import sample_keys, uniform
-from vit_hf.parts import make_augment
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
@@ -125,7 +124,7 @@ def test_bicubic_crop_equals_pillow_and_leaves_the_others_bilinear():
 def test_a_samples_crop_is_resized_alike_wherever_it_is_cut(interpolation):
     """On the device, by the keys: half of the samples bicubic where it is drawn. (Workers: test_loader.py.)"""
     keys = keys_of(2000)
-    how = choose_preprocessing((12, 10), None, lambda: [], interpolation=interpolation)
+    how = choose_preprocessing((12, 10), None, list, PreprocessingSettings(interpolation=interpolation))
     drawn = how.bicubic_crops(keys)
     assert drawn.mean() == {"bilinear": 0, "bicubic": 1}.get(interpolation, pytest.approx(0.5, abs=0.04))
     assert np.array_equal(how.bicubic_crops(keys[:7]), drawn[:7])  # by the key alone
@@ -381,15 +380,19 @@ def test_the_flags_of_mixing_and_erasing_reach_the_batches():
     """From the flags to the values, with the end of mixing as a step."""
     args = RunArguments(
         mixup_alpha=0.8, cutmix_alpha=1.0, mixup_mode="elem", mixup_prob=0.9, mixup_switch_prob=0.2, mixup_off_epoch=3,
-        random_erasing=0.3, random_erasing_mode="pixel", randaugment="increasing=true", random_crop="scale=0.1",
+        random_erasing=0.3, random_erasing_mode="pixel", randaugment=RandAugment(ops="timm"),
+        random_crop=RandomCrop("scale", 0.1),
     )  # fmt: skip
     preprocessing = Preprocessing((32, 32), image_mean=(0.485, 0.456, 0.406))
     crop = RandomCrop("scale", 0.1)
-    augment = make_augment(args, preprocessing, 10, torch.device("cpu"), crop, lambda epoch: 100 * epoch)
+    made = functools.partial(
+        make_augment, preprocessing=preprocessing, device=torch.device("cpu"), seed=0, num_classes=10
+    )
+    augment = made(pick(AugmentSettings, args), crop=crop, first_step_of=lambda epoch: 100 * epoch)
     assert augment.mixing == Mixing(0.8, 1.0, "elem", prob=0.9, switch_prob=0.2, off_step=300)
     assert (augment.erasing, augment.erasing_mode) == (0.3, "pixel") and augment.crop == crop
     assert augment.fill.tolist() == [124, 116, 104]
-    other = make_augment(RunArguments(random_crop="simple"), preprocessing, 10, torch.device("cpu"), RandomCrop(), int)
+    other = made(pick(AugmentSettings, RunArguments()), crop=RandomCrop(), first_step_of=int)
     assert other.crop == RandomCrop() and other.mixing.off_step is None
 
 

@@ -316,7 +316,7 @@ def test_the_evaluation_split_of_a_stream_is_decoded_once(tmp_path, monkeypatch,
         rows.keep(np.arange(3, 150, 2))
         return rows
 
-    settings = LoadingSettings(eval_batch_size=7)
+    settings = LoadingSettings(per_device_eval_batch_size=7)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     before = eval_pass(stream(), preprocessing)
     decodings = count_decoding(monkeypatch)

@@ -198,17 +198,21 @@ def test_data_show_draws_originals_and_what_becomes_of_them(tmp_path, capsys):
 
 def test_what_data_show_draws_is_what_training_sees():
     """The augmented pictures are those of the training batches of the same samples and epochs."""
-    from vit_hf.arguments import RandomCrop, ShowArguments
-    from vit_hf.commands.data import show_augmentation
+    from vit_hf.arguments import RandomCrop, pick
+    from vit_hf.commands.data import ShowArguments, show_augmentation
     from vit_hf.data.augment.pipeline import Augment
     from vit_hf.data.augment.policies import trivial_augment
     from vit_hf.data.order import epoch_order
-    from vit_hf.parts import splits_loader
+    from vit_hf.data.sets.load import SetSettings, load_set
 
     args = ShowArguments(
-        dataset_name="digits", trivial_augment=True, random_crop="padding=4", seed=3, image_mean="0.3"
+        dataset_name="digits",
+        trivial_augment=True,
+        random_crop=RandomCrop("padding", 4),
+        seed=3,
+        image_mean=(0.3,) * 3,
     )
-    splits = splits_loader(args)()
+    splits = load_set(pick(SetSettings, args))
     originals, augmented, labels, targets = show_augmentation(args, splits, 32)
     index = epoch_order(3, 0, len(splits.train))[:8]
     assert labels == splits.train[index]["label"]
@@ -238,16 +242,16 @@ SHOWN = {
 def test_data_show_takes_what_training_takes(case):
     """The pictures are uint8 of the model's size, change from epoch to epoch, and come out the same again; from the
     epoch on that ends the mixing each has one label."""
-    from vit_hf.arguments import ShowArguments, parse, parse_image_size
-    from vit_hf.commands.data import show_augmentation
-    from vit_hf.parts import splits_loader
+    from vit_hf.arguments import parse, pick
+    from vit_hf.commands.data import ShowArguments, show_augmentation
+    from vit_hf.data.sets.load import SetSettings, load_set
 
     words = ["--dataset_name", "digits", "--image_mean", "0.2,0.4,0.8", *SHOWN[case]]
     args = parse(ShowArguments, words, prog="show")
-    size = parse_image_size(args.image_size) or 32
-    splits = splits_loader(args)()
+    size = args.image_size or 32
+    splits = load_set(pick(SetSettings, args))
     _, augmented, labels, targets = show_augmentation(args, splits, size)
-    assert augmented.shape == (8, 5, *(size if isinstance(size, list) else [size] * 2), 3)
+    assert augmented.shape == (8, 5, *(size if isinstance(size, tuple) else [size] * 2), 3)
     assert not np.array_equal(augmented[:, 0], augmented[:, 1])
     assert np.array_equal(show_augmentation(args, splits, size)[1], augmented)
     if args.mixup_off_epoch:

@@ -7,18 +7,13 @@ import pytest
 import yaml
 
 from tests.runs import ROOT
-from vit_hf.arguments import (
-    CacheArguments,
-    EvaluateArguments,
-    FiguresArguments,
-    PrepareArguments,
-    RunArguments,
-    ShowArguments,
-    check,
-    parse,
-)
+from vit_hf.arguments import RunArguments, check, parse
+from vit_hf.arguments.values import parse_overrides
+from vit_hf.commands.data import CacheArguments, PrepareArguments, ShowArguments
+from vit_hf.commands.evaluate import EvaluateArguments
+from vit_hf.commands.figures import FiguresArguments
 from vit_hf.commands.study import chosen, parse_words
-from vit_hf.models.presets import parse_overrides, preset_config
+from vit_hf.models.presets import preset_config
 from vit_hf.study.execute import Launcher
 from vit_hf.study.plan import read_study
 
@@ -44,9 +39,8 @@ def check_run(words):
     if "--model_name_or_path" not in words and args.preset is None:
         args.model_name_or_path = "given by a flag"
     check(args)
-    changes = parse_overrides(args.config_overrides)
     if args.preset is not None:
-        preset_config(args.preset, changes)
+        preset_config(args.preset, args.config_overrides)
 
 
 def check_study(words):

@@ -159,7 +159,7 @@ def test_predictions_come_in_the_order_of_the_dataset():
 
 def test_a_model_of_an_earlier_version_is_scored_on_what_it_held_out(tmp_path):
     """Its seed decided; now --split_seed does."""
-    from vit_hf.commands.evaluate import trained_split_seed
+    from vit_hf.data.sets.names import trained_split_seed
 
     for text, expected in (("seed: 3\n", 3), ("seed: 3\nsplit_seed: 5\n", 5), ("- not ours\n", 0)):
         (tmp_path / "run_config.yaml").write_text(text)

@@ -22,7 +22,8 @@ from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.feed import LoadingSettings, open_batches, train_batches
 from vit_hf.data.order import BatchIndices, EvalOrder, StepPlan, TrainOrder, balanced_order
-from vit_hf.data.preprocessing import Preprocessing, choose_preprocessing
+from vit_hf.data.preprocessing import Preprocessing, PreprocessingSettings, choose_preprocessing
+from vit_hf.data.processes import Processes
 from vit_hf.data.randomness import REPLACEMENT, sample_keys, uniform
 from vit_hf.data.rows import retries, table
 from vit_hf.data.rows.table import TableRows
@@ -165,8 +166,8 @@ def test_the_flag_balances_what_a_run_is_handed():
     rows = TableRows(image_set(12).remove_columns("label").add_column("label", [0] * 9 + [1] * 2 + [2]))
     plan = StepPlan(3, 0, 4, 1, 0, 6, 1)
     for flag, counts in ((False, [18, 4, 2]), (True, [8, 8, 8])):
-        settings = LoadingSettings(num_workers=0, class_balanced=flag)
-        batches, _ = train_batches(rows, PREPROCESSING, plan, CPU, settings, Faults())
+        settings = LoadingSettings(dataloader_num_workers=0, class_balanced=flag)
+        batches, _ = train_batches(rows, PREPROCESSING, plan, Processes(CPU), settings, Faults())
         labels = torch.cat([batch["labels"] for batch in batches])
         assert torch.bincount(labels).tolist() == counts
 
@@ -499,7 +500,7 @@ def test_a_gpu_without_a_number_is_the_present_one(monkeypatch, batches_of):
 def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation):
     """Each sample's by its key."""
     rows = image_set(30)
-    how = choose_preprocessing((12, 12), None, lambda: [], interpolation=interpolation)
+    how = choose_preprocessing((12, 12), None, list, PreprocessingSettings(interpolation=interpolation))
     batches = ImageBatches(TableRows(rows), how, seed=3, crop=RandomCrop("scale", 0.3), training=True)
     index = np.arange(30)
     batch = batches[BatchIndices(np.full(30, 2), index, np.ones(30, dtype=bool))]
@@ -519,7 +520,7 @@ def test_crops_that_are_cut_while_decoding_take_the_interpolation(interpolation)
 def test_a_decoded_set_whose_crops_are_cut_later_is_whole():
     """The random crop takes the place of the centre; evaluation has the centre."""
     rows, how = TableRows(image_set(6)), Preprocessing((10, 10), shortest_edge=14)
-    settings, device, crop = LoadingSettings(num_workers=0), torch.device("cpu"), RandomCrop("scale", 0.5)
+    settings, device, crop = LoadingSettings(dataloader_num_workers=0), torch.device("cpu"), RandomCrop("scale", 0.5)
     found = open_batches(rows, how, device, settings, crop=crop, training=True, keep=False)
     assert found.preprocessing == Preprocessing((10, 10)) and found.crop == crop
     assert open_batches(rows, how, device, settings, keep=False).preprocessing == how

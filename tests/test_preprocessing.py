@@ -13,10 +13,11 @@ from transformers import pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.runs import in_process
-from vit_hf.arguments import RunArguments, check
+from vit_hf.arguments import RandomCrop, RunArguments, check
 from vit_hf.cli import dispatch
 from vit_hf.data.preprocessing import (
     Preprocessing,
+    PreprocessingSettings,
     choose_preprocessing,
     mostly_larger,
     own_preprocessing,
@@ -203,7 +204,7 @@ def test_model_flags_and_images_decide_in_this_order(own, size, flags, expected)
         assert own is None and not {"crop_pct", "eval_resize"} & set(flags), "the images were read for nothing"
         return [(500, 400)] * 5
 
-    assert choose_preprocessing((size, size), own, sizes, **flags) == expected
+    assert choose_preprocessing((size, size), own, sizes, PreprocessingSettings(**flags)) == expected
 
 
 TIMM = {"input_size": [3, 30, 30], "mean": list(MEAN), "std": list(STD)}
@@ -250,9 +251,9 @@ def test_steps_of_timm_that_are_others_are_refused(fields):
 
 def test_random_interpolation_is_for_resized_crops():
     flags = dict(preset="x", max_steps=1, dataset_name="digits", output_dir="x", interpolation="random")
-    check(RunArguments(**flags, random_crop="scale=0.3"))
+    check(RunArguments(**flags, random_crop=RandomCrop("scale", 0.3)))
     with pytest.raises(ArgumentError, match="--interpolation: random .*--random_crop padding=4"):
-        check(RunArguments(**flags, random_crop="padding=4"))
+        check(RunArguments(**flags, random_crop=RandomCrop("padding", 4)))
 
 
 @pytest.mark.parametrize(

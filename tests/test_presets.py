@@ -10,14 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from vit_hf.models import ResNetForImageClassification, ViTConfig, ViTForImageClassification
 from vit_hf.models.positions import resize_position_embeddings
-from vit_hf.models.presets import (
-    PRESETS,
-    for_new_labels,
-    from_preset,
-    load_pretrained,
-    parse_overrides,
-    preset_config,
-)
+from vit_hf.models.presets import PRESETS, from_preset, preset_config
+from vit_hf.models.transfer import for_new_labels, load_pretrained
 
 TINY = dict(
     image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
@@ -144,27 +138,7 @@ def test_wrong_types_of_a_baselines_fields_are_named():
             preset_config("resnet-18", changes)
 
 
-def test_overrides_have_the_types_of_yaml():
-    text = (
-        "drop_path_rate=0.1, pooling=mean,head_hidden_size=none,layer_norm_eps=1e-6,qkv_bias=false,num_hidden_layers=3"
-    )
-    found = parse_overrides(text)
-    assert found == {
-        "drop_path_rate": 0.1,
-        "pooling": "mean",
-        "head_hidden_size": None,
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": False,
-        "num_hidden_layers": 3,
-    }
-    assert [type(value) for value in found.values()] == [float, str, type(None), float, bool, int]
-    assert parse_overrides("head_hidden_size=null") == {"head_hidden_size": None}
-    lists = {"stem": "hybrid_resnet", "stem_depths": [2, 2], "patch_size": 1}
-    assert parse_overrides("stem=hybrid_resnet,stem_depths=[2, 2],patch_size=1") == lists
-    assert parse_overrides(None) == parse_overrides("") == {}
-
-
-def test_unknown_or_malformed_override_is_refused():
+def test_unknown_override_is_refused():
     with pytest.raises(ValueError, match="'drop_path' is no field of ViTConfig, nearest: drop_path_rate"):
         from_preset("vit-demo-patch8-32", ["a"], {"pooling": "mean", "drop_path": 0.1})
     with pytest.raises(ValueError, match="'pooling' is no field of ResNetConfig, nearest: .*depths"):
@@ -173,13 +147,10 @@ def test_unknown_or_malformed_override_is_refused():
         for_new_labels(tiny_model(), ["a"], {"drop_path": 0.1})
     with pytest.raises(ValueError, match="'num_labels'"):  # belongs to the data, not to the architecture
         from_preset("vit-demo-patch8-32", ["a"], {"num_labels": 3})
-    for text in ("pooling", "pooling=", "=mean", "pooling=[mean", 'pooling="mean', "pooling=: :"):
-        with pytest.raises(ValueError):
-            parse_overrides(text)
 
 
 def test_none_is_a_position_embedding_and_the_absence_of_a_head():
-    found = parse_overrides("position_embedding=none,head_hidden_size=none,num_hidden_layers=1")
+    found = {"position_embedding": None, "head_hidden_size": None, "num_hidden_layers": 1}
     config = from_preset("vit-demo-patch8-32", ["a"], found).config
     assert config.position_embedding == "none" and config.head_hidden_size is None
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vit_hf.errors import ArgumentError
-from vit_hf.training.schedule import Schedule, make_schedule, plan_batches
+from vit_hf.training.schedule import Schedule, ScheduleSettings, make_schedule, plan_batches
 
 
 def schedule(kind: str = "cosine", **changes) -> Schedule:
@@ -18,7 +18,9 @@ def made(**changes) -> Schedule:
         num_samples=1000, global_batch_size=64, num_train_epochs=None, max_steps=None, warmup_steps=None,
         warmup_ratio=None, learning_rate=1.0, kind="cosine",
     )  # fmt: skip
-    return make_schedule(**{**options, **changes})
+    values = {**options, **changes}
+    values["lr_scheduler_type"] = values.pop("kind")
+    return make_schedule(values.pop("num_samples"), ScheduleSettings(**values))
 
 
 # --- learning rate ---
@@ -88,20 +90,49 @@ def test_the_first_step_of_an_epoch_holds_no_earlier_image():
     assert [schedule().first_step_of(epoch) for epoch in range(5)] == [0, 4, 7, 10, 14]
 
 
+def due(course: Schedule, every: int | None, **most: int) -> list[int]:
+    cadence = course.cadence(every, **most)
+    return [step for step in range(1, course.total_steps + 1) if cadence.is_due(step)]
+
+
 def test_once_an_epoch_is_the_step_that_ends_it():
     """100 samples by 30: the epochs end within steps 4 (120), 7 (210), 10 (300 exactly), and the last step is 12."""
-    due = [step for step in range(1, 13) if schedule().is_due(step, None)]
-    assert due == [4, 7, 10, 12]
+    assert due(schedule(), None) == [4, 7, 10, 12]
 
 
 def test_epochs_shorter_than_a_batch_are_due_at_every_step():
-    assert all(schedule(num_samples=20).is_due(step, None) for step in range(1, 13))
+    assert due(schedule(num_samples=20), None) == list(range(1, 13))
 
 
 def test_every_so_many_steps_and_at_the_last():
-    assert [step for step in range(1, 13) if schedule().is_due(step, 5)] == [5, 10, 12]
-    assert [step for step in range(1, 13) if schedule().is_due(step, 100)] == [12]
-    assert [step for step in range(1, 13) if schedule().is_due(step, 4)] == [4, 8, 12]
+    assert due(schedule(), 5) == [5, 10, 12]
+    assert due(schedule(), 100) == [12]
+    assert due(schedule(), 4) == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "steps"),
+    [
+        (400, [*range(4, 401, 4)]),  # a hundred epochs: each of them
+        (401, [*range(8, 401, 8), 401]),  # and a bit: every second one
+        (1000, [*range(12, 1000, 12), 1000]),  # 250: every third one
+    ],
+)
+def test_a_long_run_is_due_at_most_a_hundred_times(total_steps, steps):
+    found = due(schedule(num_samples=120, total_steps=total_steps), None)
+    assert found == steps and len(found) <= 100
+
+
+def test_what_is_asked_for_is_done_as_often_as_that():
+    assert len(due(schedule(total_steps=1000), 1)) == 1000
+
+
+@pytest.mark.parametrize("samples", [7, 20, 30, 100, 101])
+@pytest.mark.parametrize("most", [1, 2, 3, 10])
+def test_never_more_often_than_allowed(samples, most):
+    for total_steps in (1, 2, 9, 10, 11, 50, 333):
+        found = due(schedule(num_samples=samples, total_steps=total_steps), None, most=most)
+        assert 1 <= len(found) <= most and found[-1] == total_steps
 
 
 # --- batch plan ---

@@ -13,13 +13,14 @@ from PIL import Image
 
 from tests.runs import evaluation, lines, trajectory
 from tests.test_loader import CPU, PREPROCESSING
-from vit_hf.arguments import DataArguments as TrainDefaults
+from vit_hf.arguments.fields import DataArguments as TrainDefaults
 from vit_hf.data.augment.crops import torchvision_boxes
 from vit_hf.data.batches import ImageBatches
 from vit_hf.data.device import DeviceBatches
 from vit_hf.data.faults import Faults
 from vit_hf.data.feed import LoadingSettings, train_batches
 from vit_hf.data.order import StepPlan, StreamOrder, TrainOrder, stream_order, stream_shape
+from vit_hf.data.processes import Processes
 from vit_hf.data.randomness import sample_keys
 from vit_hf.data.rows import parquet
 from vit_hf.data.rows import retries as reading
@@ -289,8 +290,10 @@ def test_a_sorted_set_trains_on_mixed_batches(tmp_path):
     sorted_shards(tmp_path)
     splits = load_image_splits(str(tmp_path), streaming=True)
     plan = StepPlan(0, 0, 62, num_processes=1, rank=0, micro_batch_size=32, accumulation=1)
-    settings = LoadingSettings(num_workers=0, shuffle_buffer_size=330)
-    batches, _ = train_batches(splits.train, PREPROCESSING, plan, CPU, settings, Faults(), say=lambda line: None)
+    settings = LoadingSettings(dataloader_num_workers=0, shuffle_buffer_size=330)
+    batches, _ = train_batches(
+        splits.train, PREPROCESSING, plan, Processes(CPU, say=lambda line: None), settings, Faults()
+    )
     found = [len(batch["labels"].unique()) for batch in batches]
     expected = 50 * (1 - 0.98**32)
     assert min(found) > 0.6 * expected and np.mean(found) > 0.8 * expected
@@ -350,8 +353,10 @@ def test_what_goes_wrong_in_a_piece_is_told_once(folder, monkeypatch):
 
 def test_a_worker_that_would_have_no_stream_is_not_started(folder):
     plan = StepPlan(0, 0, 4, num_processes=2, rank=1, micro_batch_size=4, accumulation=1)
-    settings, said = LoadingSettings(num_workers=7, shuffle_buffer_size=45), []
-    batches, _ = train_batches(rows_of(folder), PREPROCESSING, plan, CPU, settings, Faults(), say=said.append)
+    settings, said = LoadingSettings(dataloader_num_workers=7, shuffle_buffer_size=45), []
+    batches, _ = train_batches(
+        rows_of(folder), PREPROCESSING, plan, Processes(CPU, say=said.append), settings, Faults()
+    )
     assert said == [
         "images: read and decoded batch by batch, 2 workers a process (4 streams of row groups of up to 10 rows)"
     ]

@@ -71,7 +71,7 @@ def test_words_of_a_cell(tmp_path):
     assert args.model_name_or_path == str(tmp_path / "here/pretrain-glyphs/seed-7")  # pretrained once, for both seeds
     assert cells["glyphs-10 seed 7"].args.model_name_or_path == args.model_name_or_path
     assert (cell.script, cells["pretrain-glyphs seed 7"].script) == ("run_finetune.py", "run_pretrain.py")
-    assert cells["scratch-all seed 7"].args.config_overrides == "pooling=mean"
+    assert cells["scratch-all seed 7"].args.config_overrides == {"pooling": "mean"}
     assert cells["scratch-all seed 7"].args.subset_per_class is None
 
 

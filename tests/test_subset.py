@@ -12,7 +12,6 @@ from vit_hf.data.sets.subset import (
     class_quotas,
     draw_samples,
     hold_out,
-    parse_subset_classes,
     resolve_classes,
     select_indices,
     subset_hash,
@@ -109,15 +108,6 @@ def test_a_rule_out_of_range_is_refused(values, message):
 def test_an_empty_rule_says_so_and_a_set_one_describes_itself():
     assert SubsetRule(seed=4).is_empty and SubsetRule(seed=4).describe() == {}
     assert SubsetRule(per_class=3, classes=["cat"]).describe() == {"per_class": 3, "classes": ["cat"], "seed": 0}
-
-
-def test_classes_are_read_from_text_or_from_a_file(tmp_path):
-    file = tmp_path / "classes.txt"
-    file.write_text("tench, Tinca tinca\n\n 2 \nship\n")
-    assert parse_subset_classes("cat, 3,ship") == ["cat", "3", "ship"]
-    assert parse_subset_classes(str(file)) == ["tench, Tinca tinca", "2", "ship"]
-    with pytest.raises(UserError, match="--subset_classes ' , ' names no class"):
-        parse_subset_classes(" , ")
 
 
 def test_classes_resolve_in_the_order_of_the_source_and_names_go_before_indices():

@@ -1,13 +1,55 @@
 """What a run leaves behind while it goes, and what a resumed run makes of it."""
 
 import json
-from types import SimpleNamespace
+import resource
+import signal
 
+import accelerate
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.tracking import GeneralTracker
 
 from vit_hf.training import tracking
+from vit_hf.training.trackers import open_trackers
 from vit_hf.training.tracking import Tracker, append_event, peak_flops, peak_memory_bytes, read_jsonl
+
+
+class Recorder(GeneralTracker):
+    """A tracker of accelerate that keeps what it is sent, until its server goes down."""
+
+    name = "recorder"
+    requires_logging_directory = False
+
+    def __init__(self, fails_at=()):
+        super().__init__()
+        self.fails_at, self.sent, self.images, self.config, self.finished = fails_at, [], [], {}, False
+
+    def _reach(self, what):
+        if what in self.fails_at:
+            raise ConnectionError(f"no route to\nthe server for {what}")
+
+    @property
+    def tracker(self):
+        return self
+
+    def start(self):
+        self._reach("start")
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None):
+        self._reach(f"step {step}")
+        self.sent.append((step, values))
+
+    def log_images(self, values, step=None):
+        self._reach(f"images {step}")
+        self.images.append((step, {name: image.shape for name, image in values.items()}))
+
+    def finish(self):
+        self._reach("end")
+        self.finished = True
 
 
 @pytest.fixture
@@ -15,11 +57,12 @@ def trackers():
     """Makes trackers for a folder; what they sent to accelerate's trackers is in `sent`."""
     made = []
 
-    def make(folder, steps_done=0, main=True):
-        sent = []
-        accelerator = SimpleNamespace(is_main_process=main, log=lambda values, step: sent.append((step, values)))
+    def make(folder, steps_done=0):
+        recorder = Recorder()
+        accelerator = accelerate.Accelerator(cpu=True, log_with=[recorder])
+        open_trackers(accelerator, folder, "run", {})
         tracker = Tracker(accelerator, folder, steps_done, total_steps=10)
-        tracker.sent = sent
+        tracker.sent = recorder.sent
         made.append(tracker)
         return tracker
 
@@ -90,11 +133,14 @@ def test_no_file_has_no_lines(tmp_path):
     assert read_jsonl(tmp_path / "nowhere.jsonl") == []
 
 
-def test_other_processes_write_nothing(tmp_path, trackers):
+def test_other_processes_write_nothing(tmp_path, trackers, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
-    tracker = trackers(tmp_path, main=False)
+    PartialState()
+    monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
+    tracker = trackers(tmp_path)
     tracker.write({"step": 1, "loss": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 9}\n' and tracker.sent == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
 def test_throughput_counts_training_time_alone(tmp_path, trackers, clock):
@@ -129,3 +175,46 @@ def test_peak_is_known_by_the_devices_name_and_for_16_bits_alone():
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12 and peak_flops("NVIDIA H200", "fp16") == 989e12
     assert peak_flops("NVIDIA L4", "bf16") == 121e12 != peak_flops("NVIDIA L40S", "bf16")
     assert peak_flops("NVIDIA A100-SXM4-80GB", "no") is None and peak_flops("GeForce GTX 970", "bf16") is None
+
+
+# --- a disk that is full ---
+
+LONG = "x" * 2**20
+
+
+@pytest.fixture
+def disk():
+    """disk(n): files cannot grow beyond so many bytes; disk(None): as before. Too many for what pytest itself writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, trackers, disk, capfd):
+    tracker = trackers(tmp_path)
+    tracker.write({"step": 1, "loss": 0.5, "note": LONG})
+    disk((tmp_path / "metrics.jsonl").stat().st_size + 5)  # the next line would go in by a part
+    tracker.write({"step": 2, "loss": 0.25})
+    tracker.write({"step": 3, "loss": 0.125})
+    assert steps_in(tmp_path) == [1]
+    disk(None)
+    tracker.write({"step": 4, "loss": 0.0625})
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert capfd.readouterr().err.count("metrics.jsonl cannot be written (File too large)") == 1
+    assert [step for step, _ in tracker.sent] == [1, 2, 3, 4]
+
+
+def test_an_event_that_a_full_disk_does_not_take_ends_no_run(tmp_path, disk, capfd):
+    append_event(tmp_path, "first", note=LONG)
+    disk((tmp_path / "events.jsonl").stat().st_size + 5)
+    append_event(tmp_path, "save_failed", step=2)
+    disk(None)
+    append_event(tmp_path, "third", step=3)
+    assert [event["event"] for event in read_jsonl(tmp_path / "events.jsonl")] == ["first", "third"]
+    assert "events.jsonl cannot be written" in (said := capfd.readouterr().err) and '"save_failed"' in said

@@ -19,6 +19,7 @@ from vit_hf.data.faults import Faults
 from vit_hf.data.feed import LoadingSettings, eval_batches, train_batches
 from vit_hf.data.order import EvalOrder, StepPlan
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.processes import Processes
 from vit_hf.errors import UserError
 
 CPU = torch.device("cpu")
@@ -113,15 +114,16 @@ def test_what_does_not_fit_is_said_with_both_figures_and_goes_through_a_pipe(mon
     monkeypatch.setattr(device, "_OPEN", type(device._OPEN)())  # of this test alone
     free = [600_000]
     monkeypatch.setattr(feed, "shared_memory_free", lambda: free[0])
-    settings = LoadingSettings(num_workers=2, eval_batch_size=10, keep_decoded=False)
+    settings = LoadingSettings(dataloader_num_workers=2, per_device_eval_batch_size=10, decoded_cache="never")
     faults, said = Faults(), []
     plan = StepPlan(0, 0, 3, num_processes=2, rank=0, micro_batch_size=10, accumulation=1)
 
     def loaders():
         rows, preprocessing = Rows(40), Preprocessing((40, 40))
         said.clear()
-        train, _ = train_batches(rows, preprocessing, plan, CPU, settings, faults, say=said.append)
-        evaluation = eval_batches(rows, preprocessing, CPU, settings, faults, num_processes=2, rank=0, say=said.append)
+        train, _ = train_batches(rows, preprocessing, plan, Processes(CPU, say=said.append), settings, faults)
+        processes = Processes(CPU, num_processes=2, say=said.append)
+        evaluation = eval_batches(rows, preprocessing, processes, settings, faults)
         device._OPEN.clear()
         return train.shared, evaluation.shared
 

@@ -3,6 +3,7 @@
 This module must not import torch or anything else of vit_hf.
 """
 
+import contextlib
 import difflib
 import errno
 import os
@@ -20,6 +21,30 @@ class ArgumentError(UserError):
     """Flags that cannot be right, whatever the data: exit status 2."""
 
     exit_status = 2
+
+
+@contextlib.contextmanager
+def model_errors(preset: str | None = None, model: str | None = None) -> typing.Iterator[None]:
+    """Turns what models and the libraries that load them raise for a wrong name, field or file into one line.
+
+    Args:
+        preset: it is known from the flags alone, and so are its mistakes: exit status 2.
+        model: Hub id or folder of given weights.
+    """
+    where = f"model {model}" if model else f"--preset {preset}"
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise (UserError if model else ArgumentError)(f"{where}: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        libraries = ("safetensors", "huggingface_hub", "httpx")
+        if not isinstance(error, OSError | KeyError | RuntimeError) and not type(error).__module__.startswith(
+            libraries
+        ):
+            raise
+        raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from None
 
 
 # errors of the system that are not ours: no space, no permission, read-only, over quota

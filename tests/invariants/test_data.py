@@ -118,11 +118,11 @@ def test_a_decoded_set_is_shared_by_runs(run, tmp_path, monkeypatch):
 def test_runs_of_all_seeds_hold_out_the_same_images(pictures):
     """A set without an evaluation split: what one run held out, no other one trains on, whatever its --seed; and trials
     are scored on the same draw."""
-    from vit_hf.arguments import RunArguments
-    from vit_hf.parts import splits_loader
+    from vit_hf.arguments import RunArguments, pick
+    from vit_hf.data.sets.load import SetSettings, load_set
 
     def splits_of(**flags):
-        loaded = splits_loader(RunArguments(dataset_name=str(pictures / "train"), **flags))()
+        loaded = load_set(pick(SetSettings, RunArguments(dataset_name=str(pictures / "train"), **flags)))
         return [{row["image"]["path"] for row in split} for split in (loaded.train, loaded.eval)]
 
     (train, held_out), (other_train, other_held_out) = splits_of(seed=1), splits_of(seed=2)

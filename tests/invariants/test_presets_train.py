@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import DEMO_DEFAULTS, trajectory
-from vit_hf.models.presets import PRESETS, load_pretrained, preset_config
+from vit_hf.models.presets import PRESETS, preset_config
+from vit_hf.models.transfer import load_pretrained
 
 pytestmark = pytest.mark.slow
 

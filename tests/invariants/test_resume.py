@@ -36,20 +36,21 @@ class Killed(Exception):
 @pytest.fixture
 def killed_after(monkeypatch):
     """Makes a run die, as by a kill, after the checkpoint at a step."""
-    from vit_hf.training import checkpoint
-
-    real = checkpoint.save
+    from vit_hf.training.checkpoint import Checkpoints
 
     def arrange(step):
-        def save(state, output_dir, done, *args):
-            real(state, output_dir, done, *args)
+        real = Checkpoints.save
+
+        def save(self, done, record):
+            stalled = real(self, done, record)
             if done == step:
+                assert self.wait() is None
                 raise Killed
+            return stalled
 
-        monkeypatch.setattr(checkpoint, "save", save)
+        monkeypatch.setattr(Checkpoints, "save", save)
 
-    yield arrange
-    monkeypatch.setattr(checkpoint, "save", real)
+    return arrange
 
 
 def test_resume_in_the_middle_of_an_epoch_is_exact(run, tmp_path, killed_after, monkeypatch):
@@ -63,7 +64,11 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(run, tmp_path, killed_after, 
     assert [line["eval_loss"] for line in lines(resumed, "eval_loss")] == [
         line["eval_loss"] for line in lines(whole, "eval_loss")
     ]
-    for name in ("model.safetensors", "checkpoint-8/ema.safetensors", "checkpoint-8/model.safetensors"):
+    for name in (
+        "model.safetensors",
+        "checkpoint-8/training_state-00001-of-00001.safetensors",
+        "checkpoint-8/model.safetensors",
+    ):
         one, other = load_file(whole / name), load_file(resumed / name)
         assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one), name
     event = json.loads((resumed / "events.jsonl").read_text().splitlines()[-1])

@@ -1,24 +1,22 @@
 """`vit-hf data`: a smaller copy of a set; what training makes of its images; how fast they come; what is kept."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import (
-    CacheArguments,
-    PrepareArguments,
     RandomCrop,
     RunArguments,
-    ShowArguments,
     check_augmentation,
     check_loading,
     check_one_model,
     check_subset,
     parse,
-    parse_image_size,
-    parse_random_crop,
+    pick,
 )
-from vit_hf.errors import ArgumentError, UserError, nearest
+from vit_hf.arguments.fields import DatasetArguments, SubsetArguments, flag
+from vit_hf.errors import ArgumentError, UserError, model_errors, nearest
 
 USAGE = """usage: vit-hf data COMMAND ...
 
@@ -27,6 +25,32 @@ commands:
   show --dataset_name NAME --config RECIPE       a picture: images of a set beside what training makes of them
   bench --config RECIPE                          images a second of the loader alone, on this machine
   cache [--clear] [--dataset_name NAME]          the sets that are kept decoded, or their end"""
+
+
+@dataclass
+class PrepareArguments(SubsetArguments, DatasetArguments):
+    """Flags of `vit-hf data prepare`."""
+
+    revision: str | None = flag(None, "branch, tag or commit of the Hub dataset")
+    output_dir: str | None = flag(None, "folder of the copy, to be used as --dataset_name")
+    shorter_side: int = flag(256, "most pixels of an image's shorter side", low=1)
+    jpeg_quality: int = flag(90, "of the images that are made smaller", low=1, high=100)
+    num_proc: int | None = flag(None, "worker processes (default: all cores)", low=1)
+
+
+@dataclass
+class CacheArguments:
+    """Flags of `vit-hf data cache`."""
+
+    clear: bool = flag(False, "remove them instead of listing them; what a running process uses stays")
+    dataset_name: str | None = flag(None, "only those of this set, as it was named when it was decoded")
+
+
+@dataclass
+class ShowArguments(RunArguments):
+    """Flags of `vit-hf data show`: those of a run, and the picture."""
+
+    output_file: str = flag("contact_sheet.png", "the picture")
 
 
 def main(argv: list[str]) -> None:
@@ -51,9 +75,9 @@ def prepare(argv: list[str]) -> None:
             raise ArgumentError(f"--{needed} is missing")
     check_subset(args)
     from vit_hf.data.copy.prepare import prepare as prepare_copy
-    from vit_hf.parts import splits_loader
+    from vit_hf.data.sets.load import SetSettings, load_set
 
-    splits = splits_loader(args)(revision=args.revision)
+    splits = load_set(pick(SetSettings, args))
     for note in splits.notes:
         print(f"note: {note}")
     decides = (
@@ -101,12 +125,10 @@ def show(argv: list[str]) -> None:
     import numpy as np
 
     from vit_hf.analysis.figures import contact_sheet
-    from vit_hf.parts import model_errors, splits_loader
+    from vit_hf.data.sets.load import SetSettings, load_set
 
-    with model_errors(args):
-        size = parse_image_size(args.image_size) or model_image_size(args)
-        own = model_preprocessing(args, size)
-    splits = splits_loader(args)(streaming=args.streaming)
+    size, own = model_input(args)
+    splits = load_set(pick(SetSettings, args, revision=None))  # args.revision is the model's
     originals, augmented, labels, targets = show_augmentation(args, splits, size, own)
 
     def named(target: np.ndarray) -> str:
@@ -120,32 +142,18 @@ def show(argv: list[str]) -> None:
     print(args.output_file)
 
 
-def model_image_size(args: RunArguments) -> Any:
-    """The input of the model that the flags name, in pixels; 224 where they name none."""
-    from vit_hf.models.presets import parse_overrides, preset_config
-
-    changes = parse_overrides(args.config_overrides)
-    if "image_size" in changes:
-        return changes["image_size"]
-    if args.preset is not None:
-        return preset_config(args.preset).image_size
-    if args.model_name_or_path is not None:
-        import transformers
-
-        import vit_hf.models  # noqa: F401  (its classes register themselves)
-
-        return transformers.AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision).image_size
-    return 224
-
-
-def model_preprocessing(args: ShowArguments, size: Any) -> Any:
-    """What the model that the flags name says of its images; None where they name none, or it says nothing."""
+def model_input(args: RunArguments) -> tuple[tuple[int, int], Any]:
+    """The (height, width) in pixels that the model of the flags takes, 224 where they name none; and what the model says
+    of its images, None: nothing."""
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
+    from vit_hf.models.transfer import ModelSettings, published_image_size
 
-    if args.model_name_or_path is None:
-        return None
-    return own_preprocessing(args.model_name_or_path, args.revision, pair(size))
+    settings = pick(ModelSettings, args)
+    with model_errors(args.preset, args.model_name_or_path):
+        asked = settings.changes.get("image_size")
+        size = pair(asked) if asked else published_image_size(settings)
+        return size, own_preprocessing(args.model_name_or_path, args.revision, size)
 
 
 def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images: int = 8, visits: int = 5) -> tuple:
@@ -157,36 +165,37 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
     Returns:
         originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
     """
-    import dataclasses
     import functools
 
     import numpy as np
     import torch
 
+    from vit_hf.data.augment.pipeline import AugmentSettings, make_augment
     from vit_hf.data.batches import ImageBatches
     from vit_hf.data.cache import sampled_sizes
-    from vit_hf.data.feed import open_batches
+    from vit_hf.data.feed import LoadingSettings, open_batches
     from vit_hf.data.order import BatchIndices, epoch_order
+    from vit_hf.data.preprocessing import PreprocessingSettings, choose_preprocessing
     from vit_hf.data.rows.parquet import ParquetRows
-    from vit_hf.parts import loading_settings, make_augment, make_preprocessing
 
-    rows = splits.rows("train")
-    preprocessing = make_preprocessing(args, size, own, functools.partial(sampled_sizes, rows))
-    crop = parse_random_crop(args.random_crop)
+    rows, crop = splits.rows("train"), args.random_crop
+    sizes = functools.partial(sampled_sizes, rows)
+    preprocessing = choose_preprocessing(size, own, sizes, pick(PreprocessingSettings, args))
     device = torch.device("cpu")
     if isinstance(rows, ParquetRows):
         rows.held_rows = len(rows)  # the few that are shown are read once
-    settings = dataclasses.replace(loading_settings(args), keep_on_device=False)
+    settings = pick(LoadingSettings, args, data_on_device="never")
     make = functools.partial(
         open_batches, rows, preprocessing, device, settings, seed=args.seed, training=True, keep=False
     )
     batches, plain = make(crop=crop), make()
     augment = make_augment(  # the steps are counted in epochs: one of each is shown
-        args,
+        pick(AugmentSettings, args),
         preprocessing,
-        len(splits.class_names),
         device,
-        RandomCrop() if batches.crop.while_decoding else crop,
+        seed=args.seed,
+        num_classes=len(splits.class_names),
+        crop=RandomCrop() if batches.crop.while_decoding else crop,
         first_step_of=lambda epoch: epoch,
     )
     mean, std = (numbers[:, None, None] for numbers in (augment.mean, augment.std))

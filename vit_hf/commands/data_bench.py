@@ -11,10 +11,9 @@ from vit_hf.arguments import (
     check_one_model,
     check_subset,
     parse,
-    parse_image_size,
-    parse_random_crop,
+    pick,
 )
-from vit_hf.commands.data import model_image_size, model_preprocessing
+from vit_hf.commands.data import model_input
 from vit_hf.errors import ArgumentError
 
 SECONDS = 8.0  # of each of the two measurements
@@ -35,36 +34,45 @@ def bench(argv: list[str]) -> None:
 
     import torch
 
+    from vit_hf.data.augment.pipeline import AugmentSettings, make_augment
     from vit_hf.data.cache import sampled_sizes
     from vit_hf.data.faults import Faults
-    from vit_hf.data.feed import train_batches
+    from vit_hf.data.feed import LoadingSettings, train_batches
     from vit_hf.data.machine import AT_HAND, PREFETCHED, usable_cores
     from vit_hf.data.order import StepPlan
-    from vit_hf.parts import loading_settings, make_augment, make_preprocessing, model_errors, splits_loader
+    from vit_hf.data.preprocessing import PreprocessingSettings, choose_preprocessing
+    from vit_hf.data.processes import Processes
+    from vit_hf.data.sets.load import SetSettings, load_set
     from vit_hf.training.accelerator import keep_freed_memory
 
     keep_freed_memory()  # as a run does
 
-    with model_errors(args):
-        size = parse_image_size(args.image_size) or model_image_size(args)
-        own = model_preprocessing(args, size)
-    splits = splits_loader(args)(streaming=args.streaming)
+    size, own = model_input(args)
+    splits = load_set(pick(SetSettings, args, revision=None))  # args.revision is the model's
     rows = splits.rows("train")
-    preprocessing = make_preprocessing(args, size, own, functools.partial(sampled_sizes, rows))
+    sizes = functools.partial(sampled_sizes, rows)
+    preprocessing = choose_preprocessing(size, own, sizes, pick(PreprocessingSettings, args))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    micro_batch = min(args.per_device_train_batch_size or args.global_batch_size, MOST_IMAGES)
+    asked = args.per_device_train_batch_size
+    micro_batch = min(asked if isinstance(asked, int) else args.global_batch_size, MOST_IMAGES)
     endless = StepPlan(args.seed, 0, 1 << 40, num_processes=1, rank=0, micro_batch_size=micro_batch, accumulation=1)
     batches, crop = train_batches(
         rows,
         preprocessing,
         endless,
-        device,
-        loading_settings(args),
+        Processes(device),
+        pick(LoadingSettings, args),
         Faults(),
-        crop=parse_random_crop(args.random_crop),
+        crop=args.random_crop,
     )
     augment = make_augment(
-        args, preprocessing, len(splits.class_names), device, crop, first_step_of=lambda epoch: 1 + epoch
+        pick(AugmentSettings, args),
+        preprocessing,
+        device,
+        seed=args.seed,
+        num_classes=len(splits.class_names),
+        crop=crop,
+        first_step_of=lambda epoch: 1 + epoch,
     )  # all is measured at step 0, where mixing is still on
     workers = batches.loader.num_workers
     ahead = PREFETCHED * workers + AT_HAND  # these were made while nobody waited

@@ -1,13 +1,36 @@
 """`vit-hf evaluate`: accuracy and loss of a model on a split of a set."""
 
+import dataclasses
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from vit_hf.arguments import parse, pick
+from vit_hf.arguments.fields import (
+    DatasetArguments,
+    GivenModelArguments,
+    LoadingArguments,
+    PreprocessingArguments,
+    WaitingArguments,
+    flag,
+)
+from vit_hf.errors import ArgumentError, UserError, model_errors
 
-from vit_hf.arguments import EvaluateArguments, parse, parse_num_workers
-from vit_hf.errors import ArgumentError, UserError
+
+@dataclass
+class EvaluateArguments(
+    WaitingArguments, PreprocessingArguments, LoadingArguments, DatasetArguments, GivenModelArguments
+):
+    """Flags of `vit-hf evaluate`; the model is positional."""
+
+    output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
+    split_seed: int | None = flag(
+        None,
+        "which images are held out of a set without an evaluation split (default: the run's)",
+        low=0,
+        high=2**32 - 1,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -15,59 +38,50 @@ def main(argv: list[str]) -> None:
     args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=main.__doc__, positional="model")
     if args.dataset_name is None:
         raise ArgumentError("--dataset_name is missing")
-    parse_num_workers(args.dataloader_num_workers)
+    from vit_hf.data.augment.pipeline import normaliser
+    from vit_hf.data.cache import sampled_sizes
     from vit_hf.data.faults import DataReport
-    from vit_hf.data.preprocessing import own_preprocessing
-    from vit_hf.data.sets.load import load_image_splits
-    from vit_hf.data.sets.subset import SubsetRule
+    from vit_hf.data.feed import LoadingSettings, eval_batches
+    from vit_hf.data.preprocessing import PreprocessingSettings, choose_preprocessing, own_preprocessing
+    from vit_hf.data.processes import Processes
+    from vit_hf.data.sets.load import SetSettings, load_splits
+    from vit_hf.data.sets.names import trained_split_seed
+    from vit_hf.evaluation.evaluate import evaluate_model
     from vit_hf.hub.export import write_json
     from vit_hf.models.configuration_vit import pair
-    from vit_hf.models.presets import load_pretrained
-    from vit_hf.parts import image_sizes_of, make_evaluate, make_preprocessing, model_errors, start
-    from vit_hf.training.accelerator import end
-    from vit_hf.training.waiting import main_process_first
+    from vit_hf.models.transfer import load_pretrained
+    from vit_hf.training.accelerator import build_accelerator, end
+    from vit_hf.training.waiting import processes_of
 
-    accelerator = start(args)
-    with model_errors(args):
+    accelerator = build_accelerator(args.ddp_timeout)
+    processes = Processes(**processes_of(accelerator))
+    with model_errors(model=args.model):
         model = load_pretrained(
             args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, need_head=True
         )
         fixed = getattr(model.config, "image_size", None)
         own = own_preprocessing(args.model, args.revision, pair(fixed or 224))
         size = pair(fixed or (own.image_size if own else 224))
-    load = functools.partial(
-        load_image_splits,
-        args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        image_column_name=args.image_column_name,
-        label_column_name=args.label_column_name,
-        eval_split=args.eval_split,
-        max_eval_samples=args.max_eval_samples,
-        split_seed=trained_split_seed(args.model) if args.split_seed is None else args.split_seed,
-        need_train=False,
-        streaming=args.streaming,
-    )
+    seed = trained_split_seed(args.model) if args.split_seed is None else args.split_seed
+    chosen = pick(SetSettings, args, revision=None, split_seed=seed, need_train=False)  # args.revision is the model's
     known = list(model.config.id2label.values())
-    doing = f"loading {args.dataset_name}"
-    splits = main_process_first(accelerator, load, doing)
+    splits = load_splits(chosen, processes)
     if len(known) < len(splits.class_names) and set(known) < set(splits.class_names):  # trained with --subset_classes
-        load = functools.partial(load, subset=SubsetRule(classes=known))
-        splits = main_process_first(accelerator, load, doing)
+        splits = load_splits(dataclasses.replace(chosen, subset_classes=tuple(known)), processes)
         accelerator.print(f"note: the model knows {len(known)} of the classes; only their images are evaluated")
     class_index = match_classes(splits.class_names, known)
     if class_index is None:
         accelerator.print("note: the model and the dataset name their classes differently; they are compared by index")
-    preprocessing = make_preprocessing(
-        args, size, own, functools.partial(image_sizes_of, splits.rows("eval"), accelerator)
-    )
+    rows = splits.rows("eval")
+    sizes = functools.partial(sampled_sizes, rows, processes.main_first)
+    preprocessing = choose_preprocessing(size, own, sizes, pick(PreprocessingSettings, args))
     accelerator.print(f"preprocessing: {preprocessing}")
     report = DataReport(accelerator, args.on_bad_image)
     model.to(accelerator.device).eval()
-    run = make_evaluate(
-        args, model, splits.rows("eval"), preprocessing, accelerator, report.eval, class_index, keep=False
-    )
+    loading = pick(LoadingSettings, args)
+    images = eval_batches(rows, preprocessing, processes, loading, report.eval, class_index=class_index, keep=False)
     with accelerator.autocast():
-        results = run()
+        results = evaluate_model(model, images, normaliser(preprocessing, accelerator.device), accelerator)
     results |= report.collect()
     results |= {"model": args.model, "dataset_name": args.dataset_name, "eval_split": splits.eval_split}
     results["preprocessing"] = str(preprocessing)
@@ -79,16 +93,6 @@ def main(argv: list[str]) -> None:
         print("\n".join(f"{key:20} {_show(value)}" for key, value in results.items()))
         print(f"written to {folder / 'eval_results.json'}")
     end(accelerator)
-
-
-def trained_split_seed(model: str) -> int:
-    """The --split_seed of the run that made a local model: it decides which images were held out of a set that has no
-    evaluation split of its own."""
-    try:
-        config = yaml.safe_load((Path(model) / "run_config.yaml").read_text())
-        return int(config.get("split_seed", config["seed"]))  # an older run had one seed for both
-    except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return 0
 
 
 def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int] | None:

@@ -1,12 +1,32 @@
 """`vit-hf figures`: what a model has learned and where it looks, drawn for some images."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_hf.arguments import FiguresArguments, parse, parse_image_size
-from vit_hf.errors import ArgumentError, UserError
+from vit_hf.arguments import parse, pick
+from vit_hf.arguments.fields import GivenModelArguments, PreprocessingArguments, flag
+from vit_hf.arguments.values import IMAGE_SIZE
+from vit_hf.errors import ArgumentError, UserError, model_errors
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+@dataclass
+class FiguresArguments(PreprocessingArguments, GivenModelArguments):
+    """Flags of `vit-hf figures`; the model is positional."""
+
+    images: list[str] | None = flag(None, "image files, or folders of them, to look at (default: images of a set)")
+    dataset_name: str | None = flag(None, "set to take images of: a name, a Hub id or a folder (default: digits)")
+    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset, or options of fractal")
+    image_column_name: str | None = flag(None, "image column (default: found by its type)")
+    label_column_name: str | None = flag(None, "label column (default: found by its type)")
+    eval_split: str | None = flag(None, "split to take images of (default: test, or validation)")
+    num_images: int = flag(8, "most images that are taken of a set or of a folder", low=1)
+    image_size: int | tuple[int, int] | None = flag(
+        None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)", kind=IMAGE_SIZE
+    )
+    output_dir: str | None = flag(None, "folder for the figures and index.html")
 
 
 def main(argv: list[str]) -> None:
@@ -16,7 +36,6 @@ def main(argv: list[str]) -> None:
         raise ArgumentError("--output_dir is missing")
     if args.images is not None and args.dataset_name is not None:
         raise ArgumentError("give only one of --images and --dataset_name")
-    size = parse_image_size(args.image_size)
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
@@ -31,23 +50,22 @@ def main(argv: list[str]) -> None:
 
     from vit_hf.analysis.document import Picture, write_document
     from vit_hf.analysis.gallery import model_figures
-    from vit_hf.models.presets import FAMILIES, load_pretrained
-    from vit_hf.parts import model_errors
+    from vit_hf.models.presets import FAMILIES
+    from vit_hf.models.transfer import check_channels, load_pretrained
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with model_errors(args):
+    with model_errors(model=args.model):
         model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
         if type(model) not in FAMILIES.values():
             raise ValueError(
                 f"its family (model_type) is {model.config.model_type}; figures are drawn of {', '.join(FAMILIES)}"
             )
-        if model.config.num_channels != 3:
-            raise ValueError(f"num_channels is {model.config.num_channels}, and images are read as RGB: allowed is 3")
-        preprocessing = own_at_size(args, model.config, size)
+        check_channels(model.config)
+        preprocessing = own_at_size(args, model.config)
     images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with model_errors(args):
+    with model_errors(model=args.model):
         blocks = model_figures(model, images, preprocessing)
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     pixels = " x ".join(map(str, preprocessing.image_size))
@@ -78,14 +96,13 @@ def image_files(names: list[str], most: int) -> list[Path]:
     return files
 
 
-def own_at_size(args: FiguresArguments, config: Any, size: Any) -> Any:
+def own_at_size(args: FiguresArguments, config: Any) -> Any:
     """The model's own, at its size or the one asked for; of a model that says nothing both sides are resized. Raises
     ValueError where a ViT's patches do not divide the size."""
-    from vit_hf.data.preprocessing import own_preprocessing
+    from vit_hf.data.preprocessing import PreprocessingSettings, choose_preprocessing, own_preprocessing
     from vit_hf.models.configuration_vit import pair
-    from vit_hf.parts import make_preprocessing
 
-    height, width = pair(size or config.image_size)
+    height, width = pair(args.image_size or config.image_size)
     stride = getattr(config, "token_stride", (1, 1))
     if height % stride[0] or width % stride[1]:
         raise ValueError(
@@ -93,7 +110,8 @@ def own_at_size(args: FiguresArguments, config: Any, size: Any) -> Any:
             + ("x".join(map(str, stride)) if stride[0] != stride[1] else str(stride[0]))
         )
     own = own_preprocessing(args.model, args.revision, pair(config.image_size))
-    return make_preprocessing(args, [height, width], own, lambda: [])  # the few images that are drawn decide nothing
+    settings = pick(PreprocessingSettings, args)
+    return choose_preprocessing((height, width), own, list, settings)  # the few images that are drawn decide nothing
 
 
 def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
@@ -114,20 +132,14 @@ def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
 def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
     """Images of the evaluation split, and where they are from. Raises UserError where none decodes."""
     from vit_hf.analysis.gallery import sample_images
-    from vit_hf.commands.evaluate import trained_split_seed
     from vit_hf.data.rows.table import TableRows
-    from vit_hf.data.sets.load import load_image_splits
+    from vit_hf.data.sets.load import SetSettings, load_set
+    from vit_hf.data.sets.names import trained_split_seed
 
-    splits = load_image_splits(
-        args.dataset_name or "digits",
-        dataset_config_name=args.dataset_config_name,
-        image_column_name=args.image_column_name,
-        label_column_name=args.label_column_name,
-        eval_split=args.eval_split,
-        split_seed=trained_split_seed(args.model),
-        need_train=False,
-    )
+    name = args.dataset_name or "digits"
+    seed = trained_split_seed(args.model)
+    splits = load_set(pick(SetSettings, args, dataset_name=name, revision=None, split_seed=seed, need_train=False))
     images = sample_images(TableRows(splits.eval), preprocessing, args.num_images)
     if len(images) == 0:
-        raise UserError(f"none of the images that were taken of {args.dataset_name or 'digits'} decodes")
-    return images, f"of {Path(args.dataset_name or 'digits').name} ({splits.eval_split})"
+        raise UserError(f"none of the images that were taken of {name} decodes")
+    return images, f"of {Path(name).name} ({splits.eval_split})"

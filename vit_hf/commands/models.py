@@ -1,6 +1,7 @@
 """`vit-hf models`: the presets and what they cost."""
 
 from vit_hf.arguments import Parser
+from vit_hf.arguments.values import parse_overrides
 from vit_hf.errors import ArgumentError
 
 
@@ -12,13 +13,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.config_overrides and not args.name:
         raise ArgumentError("--config_overrides goes with the NAME of a preset")
-    from vit_hf.models.presets import PRESETS, parse_overrides, preset_config
+    from vit_hf.models.presets import PRESETS, preset_config
     from vit_hf.models.summary import stages, summarise
 
     form = "{:38} {:>10}  {:>6}  {:>8}  {:>9}  {:>9}"
     header = form.format("preset", "parameters", "tokens", "GFLOPs", "states", "an image")
     try:
-        changes = parse_overrides(args.config_overrides)
+        changes = parse_overrides(args.config_overrides or "")
         configs = {
             name: preset_config(name, changes, num_labels=1000) for name in ([args.name] if args.name else PRESETS)
         }

@@ -13,3 +13,20 @@ augment/          on the device, by the key of each sample: crops, policies, ope
 feed.py           chooses the way and is all that a run calls; faults.py and starved.py say what was wrong with it
 randomness.py     what is drawn for a sample: a hash of (seed, visit, index); copy/ is `vit-hf data prepare`
 """
+
+from vit_hf.front import front
+
+__getattr__ = front(
+    __name__,
+    {
+        "augment.pipeline": "AugmentSettings make_augment normaliser",
+        "cache": "sampled_sizes",
+        "faults": "DataReport",
+        "feed": "LoadingSettings eval_batches train_batches",
+        "order": "StepPlan",
+        "preprocessing": "PreprocessingSettings choose_preprocessing own_preprocessing",
+        "processes": "Processes",
+        "sets.load": "SetSettings load_splits",
+        "starved": "StarvedNote",
+    },
+)

@@ -14,11 +14,13 @@ One process of a machine decodes what is missing while the others wait at a lock
 import collections
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,7 @@ from vit_hf.data.cache_folder import cache_folder, hold, make_room, read_descrip
 from vit_hf.data.decode import DECODE_ERRORS, decode_row, image_size, resized_sides
 from vit_hf.data.machine import usable_cores
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.processes import First, by_itself
 from vit_hf.data.resize import FILTERS, is_input, resized_on_host
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import TableRows
@@ -127,7 +130,21 @@ def worth_decoding(rows: Rows, preprocessing: Preprocessing, crop: RandomCrop = 
     return all(h <= height and w <= width and h * width == w * height for h, w in sizes)
 
 
-def sampled_sizes(rows: Rows, samples: int = 32) -> list[tuple[int, int]]:
+_SIZES: weakref.WeakKeyDictionary[Rows, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
+def sampled_sizes(rows: Rows, first: First = by_itself) -> list[tuple[int, int]]:
+    """(height, width) of some images, which are read once for each `rows`.
+
+    Args:
+        first: lets the main process look, so that all find the same; a user's error there ends all alike.
+    """
+    if rows not in _SIZES:
+        _SIZES[rows] = first(functools.partial(_read_sizes, rows), "looking at the images' sizes")
+    return _SIZES[rows]
+
+
+def _read_sizes(rows: Rows, samples: int = 32) -> list[tuple[int, int]]:
     """(height, width) of some images; those that are none are left out. Evenly over a table, the first ones of a stream,
     where reading far apart is dear."""
     step = max(1, (len(rows) - 1) / (samples - 1)) if isinstance(rows, TableRows) else 1

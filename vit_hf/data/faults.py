@@ -34,6 +34,10 @@ class DataReport:
         self.train, self.eval = Faults(), Faults()
         self._known = {(e["split"], e["row"]) for e in events if e["event"] == "bad_image"}
 
+    def numbers(self, speed: dict[str, float]) -> dict[str, int]:
+        """What `collect` gives, for the log line."""
+        return self.collect()
+
     def collect(self) -> dict[str, int]:
         """{"bad_images": distinct rows of both splits that were left out so far}; {} where none may be."""
         retried, self.train.retried, self.eval.retried = self.train.retried + self.eval.retried, [], []

@@ -3,6 +3,7 @@
 This is all that a run calls once it has rows. It must not know models or training.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from vit_hf.data.faults import Faults
 from vit_hf.data.machine import SHARED_MEMORY, processes_here, shared_memory_free, shared_memory_needed, usable_cores
 from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder, stream_shape
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.processes import Processes
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.parquet import ParquetRows
 from vit_hf.data.rows.table import TableRows
@@ -28,19 +30,19 @@ class LoadingSettings:
     """How images come to the device, as the flags of the same names say.
 
     Args:
-        num_workers: processes of each rank that read and decode; None takes this process's share of the cores.
-        keep_decoded: whether what fits is decoded once.
-        keep_on_device: whether a decoded training set may lie in the memory of the device.
+        dataloader_num_workers: processes of each rank that read and decode; None takes this process's share of the cores.
+        decoded_cache: auto or never: whether what fits is decoded once.
+        data_on_device: auto or never: whether a decoded training set may lie in the memory of the device.
     """
 
-    num_workers: int | None = None
-    keep_decoded: bool = True
-    keep_on_device: bool = True
+    dataloader_num_workers: int | None = None
+    decoded_cache: str = "auto"
+    data_on_device: str = "auto"
     on_bad_image: str = "raise"
     shuffle_buffer_size: int = 32_768
     aug_repeats: int = 1
     class_balanced: bool = False
-    eval_batch_size: int = 128
+    per_device_eval_batch_size: int = 128
 
 
 def workers_per_process(asked: int | None, num_processes: int) -> int:
@@ -108,7 +110,7 @@ def open_batches(
         preprocessing = preprocessing.whole_image()
     cut, kept = crop if crop.while_decoding else RandomCrop(), None
     if isinstance(rows, TableRows) or not training:  # a training stream is larger than the disk
-        keep = keep and settings.keep_decoded
+        keep = keep and settings.decoded_cache == "auto"
         if (keep or crop.while_decoding) and worth_decoding(rows, preprocessing, crop):
             cut = RandomCrop()
             try:
@@ -127,7 +129,7 @@ def open_batches(
         on_bad_image=settings.on_bad_image,
         training=training,
     )
-    if training and settings.keep_on_device:  # each process reads a part of an evaluation set alone
+    if training and settings.data_on_device == "auto":  # each process reads a part of an evaluation set alone
         batches.place_on_device(device)
     return batches
 
@@ -136,16 +138,29 @@ def train_batches(
     rows: Rows,
     preprocessing: Preprocessing,
     plan: StepPlan,
-    device: torch.device,
+    processes: Processes,
     settings: LoadingSettings,
     faults: Faults,
     *,
     crop: RandomCrop = RandomCrop(),
-    say: Callable[[str], None] = print,
 ) -> tuple[DeviceBatches, RandomCrop]:
     """The micro-batches of this process at the steps of the plan, and the crop that is left to the device."""
+    make = functools.partial(_train_batches, rows, preprocessing, plan, processes, settings, faults, crop)
+    return processes.machine_first(make, "decoding the training images")
+
+
+def _train_batches(
+    rows: Rows,
+    preprocessing: Preprocessing,
+    plan: StepPlan,
+    processes: Processes,
+    settings: LoadingSettings,
+    faults: Faults,
+    crop: RandomCrop,
+) -> tuple[DeviceBatches, RandomCrop]:
+    device, say = processes.device, processes.say
     batches = open_batches(rows, preprocessing, device, settings, seed=plan.seed, crop=crop, training=True, say=say)
-    workers = workers_per_process(settings.num_workers, plan.num_processes)
+    workers = workers_per_process(settings.dataloader_num_workers, plan.num_processes)
     pieces, how = 1, ""
     if isinstance(rows, ParquetRows):
         groups = rows.groups()
@@ -180,15 +195,12 @@ def train_batches(
 def eval_batches(
     rows: Rows,
     preprocessing: Preprocessing,
-    device: torch.device,
+    processes: Processes,
     settings: LoadingSettings,
     faults: Faults,
     *,
-    num_processes: int,
-    rank: int,
     class_index: list[int] | None = None,
     keep: bool = True,
-    say: Callable[[str], None] = print,
 ) -> DeviceBatches:
     """The evaluation batches of this process, each sample once over all processes; what can be kept decoded is decoded
     once.
@@ -197,13 +209,27 @@ def eval_batches(
         class_index: the model's index of each class of the dataset, where they differ.
         keep: whether they will be gone through again and again.
     """
+    make = functools.partial(_eval_batches, rows, preprocessing, processes, settings, faults, class_index, keep)
+    return processes.machine_first(make, "decoding the evaluation images")
+
+
+def _eval_batches(
+    rows: Rows,
+    preprocessing: Preprocessing,
+    processes: Processes,
+    settings: LoadingSettings,
+    faults: Faults,
+    class_index: list[int] | None,
+    keep: bool,
+) -> DeviceBatches:
+    device, say = processes.device, processes.say
     batches = open_batches(rows, preprocessing, device, settings, class_index=class_index, keep=keep, say=say)
-    workers = workers_per_process(settings.num_workers, num_processes)
+    workers = workers_per_process(settings.dataloader_num_workers, processes.num_processes)
     order = EvalOrder(
         num_samples=len(batches),
-        num_processes=num_processes,
-        rank=rank,
-        batch_size=settings.eval_batch_size,
+        num_processes=processes.num_processes,
+        rank=processes.rank,
+        batch_size=settings.per_device_eval_batch_size,
         num_workers=0 if batches.decoded is not None else workers,
     )
     return to_device(
@@ -213,6 +239,6 @@ def eval_batches(
         faults,
         batch_size=order.batch_size,
         num_workers=workers,
-        num_processes=num_processes,
+        num_processes=processes.num_processes,
         say=say,
     )

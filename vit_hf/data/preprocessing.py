@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_hf.arguments import RandomCrop
 from vit_hf.data.randomness import INTERPOLATION, uniform
+from vit_hf.errors import ArgumentError
 
 CROP_PCT = 0.875  # 224 / 256: arXiv 1512.03385's centre of 224 pixels out of a shorter side of 256; timm's default too
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
@@ -205,42 +207,63 @@ def _three(values: Any, default: tuple[float, ...]) -> Any:
     return default if values is None else tuple(values) if isinstance(values, list | tuple) else values
 
 
+@dataclass(frozen=True)
+class PreprocessingSettings:
+    """What the flags of the same names say of a model's input.
+
+    Args:
+        random_crop: training's; its padding has to fit.
+        interpolation: auto, bilinear or bicubic; `random` is auto whose random crops draw one of the two.
+        crop_pct: share of the resized side that is kept; by itself it means `eval_resize` shortest.
+        eval_resize: auto, shortest or square.
+        image_mean, image_std: for each channel.
+    """
+
+    random_crop: RandomCrop = RandomCrop()
+    interpolation: str = "auto"
+    crop_pct: float | None = None
+    eval_resize: str = "auto"
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+
+
 def choose_preprocessing(
-    image_size: tuple[int, int],
+    image_size: int | list[int] | tuple[int, int],
     own: Preprocessing | None,
     sizes_of_images: Callable[[], list[tuple[int, int]]],
-    *,
-    interpolation: str = "auto",
-    crop_pct: float | None = None,
-    eval_resize: str = "auto",
-    image_mean: list[float] | None = None,
-    image_std: list[float] | None = None,
+    settings: PreprocessingSettings = PreprocessingSettings(),
 ) -> Preprocessing:
     """What a run does to its images: as the flags say; else as the model's own processor; else by the images: shorter
     side to size / CROP_PCT and the centre where most of them are larger than the input, both sides to the size where
     they are not, bilinear.
 
     Args:
-        image_size: (height, width) of the model's input.
+        image_size: (height, width) of the model's input, or the side of a square.
         own: what the model came with; its pixels before a crop scale along with the size.
         sizes_of_images: gives (height, width) of some images of the set; asked only where the images decide.
-        interpolation: auto, bilinear or bicubic; `random` is auto whose random crops draw one of the two.
-        crop_pct: share of the resized side that is kept; by itself it means `eval_resize` shortest.
-        eval_resize: auto, shortest or square.
+
+    Raises:
+        ArgumentError: a padding that is not smaller than the image.
     """
+    image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    random_crop, crop_pct = settings.random_crop, settings.crop_pct
+    if random_crop.kind in ("padding", "simple") and random_crop.amount >= min(image_size):
+        raise ArgumentError(
+            f"--random_crop: a padding of {random_crop.amount:g} is not below the image's side of {min(image_size)} pixels"
+        )
     chosen = Preprocessing(image_size) if own is None else own.at_size(image_size)
-    kind = eval_resize
+    kind = settings.eval_resize
     if kind == "auto" and (crop_pct is not None or (own is None and mostly_larger(sizes_of_images(), image_size))):
         kind = "shortest"
     if crop_pct is not None or kind not in ("auto", chosen.eval_resize):
         chosen = chosen.with_resize(kind, crop_pct or {"shortest": CROP_PCT, "square": 1.0}[kind])
-    if interpolation in ("bilinear", "bicubic"):
-        chosen = replace(chosen, resample=Image.Resampling[interpolation.upper()])
+    if settings.interpolation in ("bilinear", "bicubic"):
+        chosen = replace(chosen, resample=Image.Resampling[settings.interpolation.upper()])
     return replace(
         chosen,
-        image_mean=tuple(image_mean or chosen.image_mean),
-        image_std=tuple(image_std or chosen.image_std),
-        random_interpolation=interpolation == "random",
+        image_mean=tuple(settings.image_mean or chosen.image_mean),
+        image_std=tuple(settings.image_std or chosen.image_std),
+        random_interpolation=settings.interpolation == "random",
     )
 
 
@@ -252,17 +275,22 @@ def mostly_larger(sizes: list[tuple[int, int]], image_size: tuple[int, int]) -> 
     return sum(larger) * 2 > len(larger)
 
 
-def own_preprocessing(name_or_path: str, revision: str | None, image_size: tuple[int, int]) -> Preprocessing | None:
+def own_preprocessing(
+    name_or_path: str | None, revision: str | None, image_size: tuple[int, int]
+) -> Preprocessing | None:
     """What a Hub id or a folder says of its images: its preprocessor_config.json, or else timm's `pretrained_cfg` in its
     config.json; None where it says nothing.
 
     Args:
+        name_or_path: None says nothing.
         image_size: (height, width) of the model's input, where the file names no size.
 
     Raises:
         ValueError: steps that are not a resize, a centre crop and a normalisation.
         OSError: a file that is there and cannot be read, or a Hub that cannot be asked whether there is one.
     """
+    if name_or_path is None:
+        return None
     from transformers import ImageProcessingMixin, PreTrainedConfig
     from transformers.utils import cached_file
 

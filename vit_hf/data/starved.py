@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+from vit_hf.data.device import DeviceBatches
 from vit_hf.data.machine import usable_cores
+from vit_hf.data.processes import Processes
 
 WAITING = 0.2  # share of the time; below it other things decide how fast a run is
 
@@ -25,6 +27,17 @@ class StarvedNote:
     ):
         self.num_workers, self.num_processes, self.say, self.record = num_workers, num_processes, say, record
         self._first, self._said = True, num_workers is None
+
+    @classmethod
+    def of(cls, batches: DeviceBatches, processes: Processes, record: Callable[..., None]) -> "StarvedNote":
+        """The note for a run's training batches; the main process records."""
+        workers = None if batches.batches.decoded is not None else batches.loader.num_workers
+        return cls(workers, processes.num_processes, processes.say, record if processes.rank == 0 else None)
+
+    def numbers(self, speed: dict[str, float]) -> dict[str, float]:
+        """Looks at what a window measured; has no number of its own for the log line."""
+        self.look(speed["images_per_second"], speed["data_wait_fraction"])
+        return {}
 
     def look(self, images_per_second: float, data_wait_fraction: float) -> None:
         """At what a window of training steps measured; the first one, in which workers start, tells nothing."""

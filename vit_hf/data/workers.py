@@ -25,6 +25,7 @@ def set_up_worker(worker: int) -> None:
     """Launchers, clusters and Ctrl-C signal a whole process group; the parent still needs its batches for the step at
     hand, saves, and then ends its workers. One that is killed takes them along."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 

@@ -1,0 +1,10 @@
+"""Evaluation: accuracy and loss on all processes. It is handed batches, and knows no data and no training."""
+
+from vit_hf.front import front
+
+__getattr__ = front(
+    __name__,
+    {
+        "evaluate": "evaluate_model",
+    },
+)

@@ -1,33 +1,31 @@
 """The model card: what the folder is, how it was made and measured, with the Hub's metadata."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from vit_hf.arguments import RunArguments, without_paths
+from vit_hf.arguments import RunArguments, plain, without_paths
 from vit_hf.data.sets.names import HUB_SETS
 
 KINDS = {"vit_hf": "Vision Transformer", "vit_hf_resnet": "ResNet", "vit_hf_bit": "BiT ResNet"}
 
 
 def write_card(
-    output_dir: Path, name: str, args: RunArguments, resolved: dict[str, Any], results: dict[str, Any], config: Any
+    output_dir: Path, name: str, flags: dict[str, Any], resolved: dict[str, Any], results: dict[str, Any], config: Any
 ) -> None:
     """Writes README.md.
 
     Args:
         name: of the repository, or of the folder.
+        flags: all of them, as plain values.
         resolved: the derived values of run_config.yaml. results: all_results.json. config: the model's configuration.
     """
-    told = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
-    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    defaults = plain(RunArguments())
     private = ("output_dir", "hub_model_id", "push_to_hub", "hub_private_repo")
-    run = without_paths({key: told[key] for key in told if told[key] != defaults[key] and key not in private})
-    dataset = args.dataset_name
-    base = args.model_name_or_path
+    run = without_paths({key: flags[key] for key in flags if flags[key] != defaults[key] and key not in private})
+    dataset, base = flags["dataset_name"], flags["model_name_or_path"]
     is_hub_id = base is not None and not Path(base).exists()
     data = ModelCardData(
         library_name="transformers",
@@ -50,7 +48,9 @@ def write_card(
         ],
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
-    origin = f"fine-tuned from `{run['model_name_or_path']}`" if base else f"trained from scratch (`{args.preset}`)"
+    origin = (
+        f"fine-tuned from `{run['model_name_or_path']}`" if base else f"trained from scratch (`{flags['preset']}`)"
+    )
     lines += [f"A {KINDS[config.model_type]} {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
               f"{_size(config.image_size)} pixels, {config.num_labels} classes.", ""]  # fmt: skip
     lines += [
@@ -70,7 +70,7 @@ def write_card(
     lines += ["## Use", "", "```python", "from transformers import pipeline", "",
               f'classify = pipeline("image-classification", "{where}"{remote})', 'classify("image.png")', "```", ""]  # fmt: skip
     lines += ["## Training", "", f"{results['train_samples']} images, {resolved['total_steps']} steps of "
-              f"{args.global_batch_size}; wall time {results['wall_time_seconds']:.0f} s; {resolved['device']}.", ""]  # fmt: skip
+              f"{flags['global_batch_size']}; wall time {results['wall_time_seconds']:.0f} s; {resolved['device']}.", ""]  # fmt: skip
     if resolved.get("subset"):
         lines += [
             "Only a subset of the training split was used:",
@@ -80,6 +80,9 @@ def write_card(
             "```",
             "",
         ]
+    for one in resolved.get("changed", []):
+        told = ", ".join(f"`{flag}` from {old} to {new}" for flag, (old, new) in one["flags"].items())
+        lines += [f"Changed on the way, after step {one['step']}: {told}.", ""]
     lines += ["Flags (all of them, with derived values, are in `run_config.yaml`):", "", "```yaml"]
     lines += [f"{key}: {value}" for key, value in run.items()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in resolved["versions"].items()) + ".", ""]

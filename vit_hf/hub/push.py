@@ -1,9 +1,12 @@
 """Uploads a finished folder to the Hub. Checkpoints, event logs and tokens never go along."""
 
 import shlex
+import sys
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import accelerate
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -16,6 +19,47 @@ UPLOADED = [
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
     "README.md", "run_config.yaml", "metrics.jsonl", "all_results.json", "learning_curves.png", "*.py",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Sharing the finished folder, as the flags of the same names say."""
+
+    push_to_hub: bool = False
+    dry_run: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where a finished folder is uploaded to.
+
+    Args:
+        name: `user/name`; or that of the folder where nothing is uploaded.
+        wanted: on the main process, where it is asked for.
+    """
+
+    name: str
+    folder: Path
+    wanted: bool
+    private: bool
+
+    def push(self) -> None:
+        """Uploads the folder and says where it is. Raises UserError as `push`."""
+        if self.wanted:
+            print(f"pushed to {push(self.folder, self.name, self.private)}")
+
+
+def open_repository(accelerator: accelerate.Accelerator, folder: Path, settings: HubSettings) -> Repository:
+    """Asks the Hub who we are, where something is to be uploaded; warns where it does not know us."""
+    wanted = settings.push_to_hub and not settings.dry_run and accelerator.is_main_process
+    name = folder.resolve().name
+    if wanted:
+        name, warning = find_repository(settings.hub_model_id, folder)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+    return Repository(name, folder, wanted, settings.hub_private_repo)
 
 
 def find_repository(hub_model_id: str | None, output_dir: Path) -> tuple[str, str | None]:

@@ -37,3 +37,16 @@ __all__ = [
     "ViTForImageClassification",
     "ViTModel",
 ]
+
+
+def __getattr__(name: str):
+    """What scripts use of this folder beside the classes."""
+    if name in ("ModelSettings", "make_model", "published_image_size"):
+        from . import transfer
+
+        return getattr(transfer, name)
+    if name == "training_flops":
+        from .summary import training_flops
+
+        return training_flops
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ from .layouts import (
     size_of,
 )
 from .modeling_vit import ViTForImageClassification
-from .presets import load_pretrained
+from .transfer import load_pretrained
 
 PICKLES = (".pth", ".bin", ".pt", ".ckpt")
 POSITIONS = "vit.embeddings.position_embeddings"

@@ -1,21 +1,15 @@
-"""Architectures by name, and models built from a preset or from weights. Knows no data and no training."""
+"""Architectures by name, and models with random weights. Knows no data and no training."""
 
 import dataclasses
 import difflib
-import os
-import re
 from typing import Any
 
-import torch
 import transformers
-import yaml
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
 
 from .baselines import BASELINES, BitForImageClassification, ResNetForImageClassification
 from .configuration_vit import CHOICES, ViTConfig
 from .modeling_vit import ViTForImageClassification
-from .positions import resize_position_embeddings, resize_relative_table
 
 # The classifier of each model_type that can be trained: transformers' own types are read by the class that extends them.
 FAMILIES: dict[str, type[transformers.PreTrainedModel]] = {
@@ -106,42 +100,20 @@ def preset_config(name: str, changes: dict[str, Any] | None = None, **labels: An
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"no such preset; {hint}`vit-hf models` lists them")
     config_class, fields = PRESETS[name]
-    return make_config(config_class, {**fields, **_checked(config_class, changes or {}), **labels})
+    return make_config(config_class, {**fields, **checked_overrides(config_class, changes or {}), **labels})
 
 
 def make_config(config_class: type, fields: dict[str, Any]) -> transformers.PreTrainedConfig:
     """A configuration; raises ValueError for a value of the wrong type too, which its base class does in its own way."""
+    if isinstance(fields.get("image_size"), tuple):
+        fields = {**fields, "image_size": list(fields["image_size"])}  # as JSON has it
     try:
         return config_class(**fields)
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split("TypeError:")[-1].split())) from None
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`"drop_path_rate=0.1,stem_depths=[2,2]"` -> {field: value}, values as YAML reads them.
-
-    Raises:
-        ValueError: a part that is not NAME=VALUE.
-    """
-    overrides = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # not at the commas of a list
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not name or not equals or not value:
-            raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--config_overrides: {part!r} is not NAME=VALUE") from None
-        if isinstance(parsed, str):  # YAML reads 1e-6 as text
-            try:
-                parsed = float(parsed)
-            except ValueError:
-                parsed = None if parsed.lower() == "none" else parsed
-        overrides[name] = parsed
-    return overrides
-
-
-def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
+def checked_overrides(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides as this configuration takes them. Raises ValueError for a name that is none of its fields."""
     common = {item.name for item in dataclasses.fields(transformers.PreTrainedConfig)}
     fields = {item.name for item in dataclasses.fields(config_class) if not item.name.startswith("_")} - common
@@ -154,52 +126,9 @@ def _checked(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     return overrides | dict.fromkeys(named_none, "none")
 
 
-def load_pretrained(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, need_head: bool = False
-) -> transformers.PreTrainedModel:
-    """An image classifier from a Hub id or a folder, in fp32. The types in FAMILIES become our classes; any other model
-    type is the repository's own class and needs `trust_remote_code` where it comes with code.
-
-    Args:
-        need_head: refuse a checkpoint without a classifier, whose logits would be random.
-
-    Raises:
-        ValueError: not an image classification model, or weights that do not fit their configuration.
-        OSError: no such folder or repository.
-    """
-    looks_local = name_or_path.startswith(("/", ".", "~")) or os.path.isdir(name_or_path.partition("/")[0])
-    if looks_local and not os.path.isdir(name_or_path):
-        raise OSError("no such folder")
-    config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-    if "model_type" not in config and {"architecture", "pretrained_cfg"} & set(config):
-        raise ValueError(
-            f"its config.json is timm's: make a model folder of it first, vit-hf convert {name_or_path} DIR"
-        )
-    model_class = FAMILIES.get(config.get("model_type"))
-    extra: dict[str, Any] = {}
-    if model_class is None:
-        model_class, extra = transformers.AutoModelForImageClassification, {"trust_remote_code": trust_remote_code}
-    extra["ignore_mismatched_sizes"] = True  # they are named below; transformers' own error names none
-    model, report = model_class.from_pretrained(
-        name_or_path, revision=revision, dtype=torch.float32, output_loading_info=True, **extra
-    )
-    missing = [key for key in report["missing_keys"] if need_head or not key.startswith("classifier.")]
-    misshaped = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
-    if missing or misshaped:
-        raise ValueError(
-            f"the weights of {name_or_path} do not fit its config.json: "
-            + "; ".join(
-                f"{what} {', '.join(sorted(keys)[:5])}"
-                for what, keys in (("missing", missing), ("misshaped", misshaped))
-                if keys
-            )
-        )
-    return model
-
-
 def from_preset(name: str, class_names: list[str], changes: dict[str, Any]) -> transformers.PreTrainedModel:
     """A preset with random weights for these classes. Raises ValueError for an unknown preset or wrong changes."""
-    return build(preset_config(name, changes, **_labels(class_names)))
+    return build(preset_config(name, changes, **labels_of(class_names)))
 
 
 def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
@@ -207,106 +136,8 @@ def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel
     return FAMILIES[config.model_type](config)
 
 
-def _labels(class_names: list[str]) -> dict[str, Any]:
+def labels_of(class_names: list[str]) -> dict[str, Any]:
     return {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
     }
-
-
-# What may be changed of a model with weights: no weight is another one's afterwards.
-FREE = (
-    "image_size", "pooling", "fc_norm", "head_hidden_size", "head_bias_init", "drop_path_rate", "hidden_dropout_prob",
-    "attention_probs_dropout_prob", "hidden_act", "layer_norm_eps", "initializer", "initializer_range",
-)  # fmt: skip
-
-
-def for_new_labels(
-    model: transformers.PreTrainedModel, class_names: list[str], changes: dict[str, Any], *, keep_head: bool = False
-) -> transformers.PreTrainedModel:
-    """The same encoder under a zero-initialised linear head for `class_names`, with the fields in `changes` changed
-    (another `image_size` resizes the position embeddings, `pooling=mean` drops the class token).
-
-    Args:
-        keep_head: keep the head as it is; the class names must then be the model's own.
-
-    Raises:
-        ValueError: changes that make another encoder, or a model of a family that is not trained here.
-
-    Source: ViT paper, section 3.2 (zero-initialised D x K layer, interpolated position embeddings).
-    """
-    if type(model) not in FAMILIES.values():
-        raise ValueError(f"its family (model_type) is {model.config.model_type}; trained are {', '.join(FAMILIES)}")
-    changes = _checked(type(model.config), changes)
-    fields = model.config.to_dict()
-    if isinstance(model, ViTForImageClassification):
-        _refuse_new_parts(model.config, changes)
-    other = [f"{name} {fields[name]}" for name in changes if name not in FREE and changes[name] != fields[name]]
-    if other:
-        raise ValueError(
-            f"--config_overrides makes another encoder than the weights are for, which has {', '.join(other)}; "
-            f"allowed are {', '.join(FREE)}"
-        )
-    for name in ("num_labels", "model_type", "auto_map", "architectures"):
-        fields.pop(name, None)
-    if not keep_head and "head_hidden_size" in fields:
-        fields["head_hidden_size"] = None
-    fields.update(changes, **_labels(class_names))
-    target = type(model)(make_config(type(model.config), fields))
-    weights = dict(model.state_dict())
-    if isinstance(model, ViTForImageClassification):
-        _fit_positions(weights, model.config, target.config)
-    encoder = model.base_model_prefix + "."
-    if not keep_head:
-        weights = {key: value for key, value in weights.items() if key.startswith(encoder)}
-        for parameter in target.classifier.parameters():
-            nn.init.constant_(parameter, changes.get("head_bias_init", 0.0) if parameter.ndim == 1 else 0.0)
-    try:
-        missing, unexpected = target.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        reason = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        raise ValueError(f"--config_overrides makes another encoder than the weights are for: {reason[0]}") from None
-    left_out = [key for key in missing if key.startswith(encoder) or keep_head] + unexpected
-    if left_out:
-        raise ValueError(
-            f"--config_overrides makes another encoder than the weights are for: {', '.join(left_out[:5])}"
-        )
-    return target
-
-
-def _refuse_new_parts(config: ViTConfig, changes: dict[str, Any]) -> None:
-    """Raises ValueError where a change asks for weights that nothing can be made of."""
-    pooling = changes.get("pooling", config.pooling)
-    if pooling != config.pooling and (config.pooling, pooling) != ("cls", "mean"):
-        raise ValueError(
-            f"--config_overrides makes another encoder: pooling {config.pooling} cannot become {pooling} (cls can become "
-            "mean); leave pooling out, or train from scratch with --preset"
-        )
-    kind = changes.get("position_embedding", config.position_embedding)
-    if kind != config.position_embedding:
-        raise ValueError(
-            f"position_embedding: the weights have {config.position_embedding}, which cannot become {kind}; leave "
-            "position_embedding out of --config_overrides, or train from scratch with --preset"
-        )
-
-
-def _fit_positions(weights: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> None:
-    """Changes the weights of an `old` ViT to the class token and the grid of a `new` one, in place."""
-    embeddings = "vit.embeddings."
-    if old.has_class_token and not new.has_class_token:
-        weights.pop(embeddings + "cls_token")
-        if old.position_embedding == "learned_1d":
-            weights[embeddings + "position_embeddings"] = weights[embeddings + "position_embeddings"][:, 1:]
-    (rows, columns), (new_rows, new_columns) = old.grid_size, new.grid_size
-    for name, grid_size, new_grid_size in (
-        ("position_embeddings", old.grid_size, new.grid_size),
-        ("row_position_embeddings", (rows, 1), (new_rows, 1)),
-        ("column_position_embeddings", (columns, 1), (new_columns, 1)),
-    ):
-        if embeddings + name in weights:
-            resized = resize_position_embeddings(weights[embeddings + name], grid_size, new_grid_size)
-            weights[embeddings + name] = resized
-    for key in weights:
-        if key.endswith("relative_position_bias_table"):
-            table = resize_relative_table(weights[key], old.grid_size, new.grid_size)
-            weights[key] = table[:-3] if old.num_prefix_tokens and not new.num_prefix_tokens else table

@@ -46,6 +46,12 @@ def summarise(config: transformers.PreTrainedConfig) -> Summary:
     return Summary(parameters, tokens, flops, 16 * parameters, kept)
 
 
+def training_flops(config: transformers.PreTrainedConfig) -> float:
+    """Operations of one image's forward and backward pass: 3 x those of the forward pass; what gradient checkpointing
+    computes again is not counted. Source: arXiv 2204.02311, appendix B."""
+    return 3.0 * forward_flops(config)
+
+
 def forward_flops(config: transformers.PreTrainedConfig) -> int:
     """The same number of `summarise` alone, in a third of the time."""
     return _of_all_layers(config, lambda part: (_count_flops(_without_weights(part)),))[0]

@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from vit_hf.arguments import parse_image_size
+from vit_hf.arguments import pick
 from vit_hf.data.sets.load import load_image_splits
 from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS
-from vit_hf.data.sets.subset import parse_subset_classes
 from vit_hf.errors import UserError
 from vit_hf.models.configuration_vit import pair
-from vit_hf.models.presets import FAMILIES, build, make_config, parse_overrides, preset_config
+from vit_hf.models.presets import FAMILIES, build, make_config, preset_config
 from vit_hf.study.execute import Launcher
 from vit_hf.study.plan import Cell
-from vit_hf.training.schedule import make_schedule
+from vit_hf.training.schedule import ScheduleSettings, make_schedule
 
 TRIAL_SECONDS = 1.0
 TRIAL_IMAGES = {"cpu": 4, "cuda": 64}  # at once; a larger batch is not faster by much there
@@ -44,9 +43,9 @@ def model_config(cell: Cell) -> transformers.PreTrainedConfig:
         ValueError: a preset or a field that does not exist, a family that is not trained here.
         UserError: the number of classes is not known, since the set cannot be had.
     """
-    changes = parse_overrides(cell.args.config_overrides)
+    changes = dict(cell.args.config_overrides)
     if cell.args.image_size is not None:
-        changes["image_size"] = parse_image_size(cell.args.image_size)
+        changes["image_size"] = cell.args.image_size
     classes = image_counts(cell)[2]
     if cell.args.preset is not None:
         return preset_config(cell.args.preset, changes, num_labels=classes)
@@ -92,7 +91,7 @@ def image_counts(cell: Cell) -> tuple[int, int, int]:
     args = cell.args
     names = ("dataset_config_name", "image_column_name", "label_column_name", "train_split", "eval_split")
     training, evaluation, all_classes = _sizes(args.dataset_name, **{name: getattr(args, name) for name in names})
-    classes = len(parse_subset_classes(args.subset_classes)) if args.subset_classes else all_classes
+    classes = len(args.subset_classes) if args.subset_classes else all_classes
     training, evaluation = training * classes / all_classes, evaluation * classes / all_classes
     training *= args.subset_fraction or 1
     if args.subset_per_class:
@@ -163,16 +162,8 @@ def estimate_cost(cell: Cell, images_per_second: float) -> Cost:
     export."""
     args = cell.args
     training, evaluation, _ = image_counts(cell)
-    schedule = make_schedule(
-        num_samples=training,
-        global_batch_size=args.global_batch_size,
-        num_train_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        warmup_steps=None,
-        warmup_ratio=None,
-        learning_rate=args.learning_rate,
-        kind=args.lr_scheduler_type,
-    )
+    settings = pick(ScheduleSettings, args, warmup_steps=None, warmup_ratio=None)
+    schedule = make_schedule(training, settings)
 
     def times(every: int | None) -> int:
         return math.ceil(schedule.total_steps / every if every else schedule.epochs_after(schedule.total_steps))

@@ -1,0 +1,24 @@
+"""Training: what a step changes, the loop and what falls due in it, checkpoints, and what ends a run. It is handed a model,
+batches and functions, and knows no data, no Hub and no flags.
+"""
+
+from vit_hf.front import front
+
+__getattr__ = front(
+    __name__,
+    {
+        "accelerator": "build_accelerator check_drawing end",
+        "actions": "Draw Evaluate Log LoopSettings Save",
+        "checkpoint": "Checkpoints",
+        "folder": "begin open_folder record_of resume",
+        "loop": "train",
+        "lost": "lost_process",
+        "model_folder": "files_of",
+        "optimizer": "OptimizerSettings",
+        "schedule": "ScheduleSettings make_schedule plan_batches",
+        "state": "prepare",
+        "trackers": "open_trackers",
+        "tracking": "append_event mfu_scale read_jsonl",
+        "waiting": "processes_of",
+    },
+)

@@ -2,12 +2,15 @@
 recipe owns (batch sizes, clipping) are filled into DeepSpeed's config here."""
 
 import ctypes
+import importlib.util
 import os
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import accelerate
+import datasets
 import numpy as np
 import torch
 import transformers
@@ -43,16 +46,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, project_dir: str | None = None):
+def build_accelerator(
+    ddp_timeout: int, log_with: Sequence[str] = (), project_dir: str | None = None
+) -> accelerate.Accelerator:
     """The Accelerator of this process: as `accelerate launch` describes it, or alone.
 
     Args:
         ddp_timeout: seconds a process waits for the others.
-        log_with: trackers of accelerate.
+        log_with: trackers of accelerate, whose packages have to be installed.
 
     Raises:
         UserError: a precision or a back end that this machine does not have, or a way to train that is not supported.
     """
+    for name in log_with:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name}: the package is not installed; pip install -e '.[{name}]'")
     keep_freed_memory()
     _refuse_asked()
     no_device = not torch.accelerator.is_available()
@@ -67,7 +75,7 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
                 InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout), **backend),
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # share_buffers does it where it matters
             ],
-            log_with=log_with or None,
+            log_with=list(log_with) or None,
             project_dir=project_dir,
         )
     except (ValueError, ImportError, RuntimeError) as error:
@@ -84,7 +92,16 @@ def build_accelerator(ddp_timeout: int, log_with: list[str] | None = None, proje
         )
     if accelerator.state.deepspeed_plugin is not None:
         _set_up_deepspeed(accelerator.state.deepspeed_plugin)
+    _keep_quiet(accelerator)
     return accelerator
+
+
+def _keep_quiet(accelerator: accelerate.Accelerator) -> None:
+    """Libraries say what matters, and their progress on the main process alone."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
 
 
 def _asked(variable: str) -> bool:
@@ -151,6 +168,17 @@ def _set_up_deepspeed(plugin: DeepSpeedPlugin) -> None:
     # gradients of 16-bit weights are added up over micro-steps and processes in fp32, as everywhere else
     config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
     config["communication_data_type"] = "fp32"
+
+
+def check_drawing(accelerator: accelerate.Accelerator, log_figures_steps: int | None) -> None:
+    """Raises UserError where figures are asked for and no process holds the whole model."""
+    split = {DistributedType.FSDP: "FSDP2"}.get(accelerator.distributed_type)
+    split = "DeepSpeed ZeRO stage 3" if zero_stage(accelerator) == 3 else split
+    if log_figures_steps and split:
+        raise UserError(
+            f"--log_figures_steps does not work with {split}, which leaves no process the whole model; use "
+            "ZeRO stage 1 or 2, or drop the flag and draw the finished model: vit-hf figures"
+        )
 
 
 def zero_stage(accelerator: accelerate.Accelerator) -> int:

@@ -1,234 +1,338 @@
-"""Checkpoints that resume a run: written whole or not at all, found again, checked, and pruned.
+"""Checkpoints that resume a run under any engine: written aside while training goes on, whole or not at all.
 
-    checkpoint-N/manifest.json          step, run, topology, versions, and the size and SHA-256 of every file
-    checkpoint-N/model.safetensors      fp32 weights                     (without DeepSpeed)
-    checkpoint-N/ema.safetensors        their moving average             (with --ema_decay)
-    checkpoint-N/optimizer.pt           optimizer and loss-scaler state  (tensors and plain values only)
-    checkpoint-N/deepspeed/             what DeepSpeed's engine writes   (with DeepSpeed, one set of files a process)
+    checkpoint-N/config.json, preprocessor_config.json ...  the model folder that the run would export at this step
+    checkpoint-N/model.safetensors                          fp32 weights, or their average with --ema_decay
+    checkpoint-N/training_state-0000R-of-0000W.safetensors  a file of each process: the optimizer's moments by parameter
+                                                            name (exp_avg.NAME, exp_avg_sq.NAME, momentum_buffer.NAME)
+                                                            and with an average the raw weight.NAME and buffer.NAME
+    checkpoint-N/manifest.json                              step, run, versions, and size and SHA-256 of every file
 
-Data order, augmentation and dropout are functions of the step and need no state. The folder is complete exactly when
-it carries its final name; the latest checkpoint is the highest complete one. This module must not know about data.
+One process, DDP, ZeRO and FSDP2 write the same tensors and read them; which file holds a tensor does not matter. Data order,
+augmentation and dropout are functions of the step and need no state. The folder is complete exactly when it carries its
+final name; the latest checkpoint is the highest complete one. This module must not know about data or engines.
 """
 
-import hashlib
+import contextlib
+import itertools
 import json
-import os
-import re
 import shutil
-from dataclasses import dataclass
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 import vit_hf
 from vit_hf.errors import UserError
-from vit_hf.training.accelerator import zero_stage
-from vit_hf.training.ema import EMA
+from vit_hf.training.accelerator import share_buffers
+from vit_hf.training.ema import averaged_buffers
+from vit_hf.training.files import Description, sync_folder, write_bytes, write_tensors
+from vit_hf.training.manifest import FORMAT, move_aside, prune, remove_unfinished, shard_name
+from vit_hf.training.model_folder import ModelFolder
+from vit_hf.training.shared_folder import Answers, SaveFailed, appears, check_shared
+from vit_hf.training.state import TrainState
+from vit_hf.training.tracking import append_event
 
-NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class BrokenCheckpoint(Exception):
-    """A checkpoint folder that cannot be used, with the reason."""
-
-
-@dataclass
-class TrainState:
-    """Everything that a step changes."""
-
-    accelerator: accelerate.Accelerator
-    model: nn.Module  # as it was built
-    engine: nn.Module  # as `prepare` returned it: the same weights behind DDP or DeepSpeed
-    optimizer: Any
-    ema: EMA | None = None
+_SAVES = itertools.count()  # of this process; all processes save alike, so a number means the same save on each
 
 
-def topology(accelerator: accelerate.Accelerator) -> dict[str, Any]:
-    """What DeepSpeed's files depend on."""
-    return {
-        "num_processes": accelerator.num_processes,
-        "zero_stage": zero_stage(accelerator),
-        "mixed_precision": accelerator.mixed_precision,
-    }
-
-
-def save(
-    state: TrainState, output_dir: Path, step: int, record: dict[str, Any], total_limit: int | None = None
-) -> None:
-    """Writes checkpoint-{step} on all processes, then removes all but the newest `total_limit` ones.
+class Checkpoints:
+    """Writes the checkpoints of a run. Made on all processes; every method is called on all of them alike.
 
     Args:
-        record: goes into the manifest: `run` (its identity), `exactness`, `wall_time_seconds`.
+        output_dir: on a disk that all processes share.
+        total_limit: how many are kept, None: all.
+        on_save_error: warn (training goes on) or stop (`wait` raises).
+        timeout_seconds: how long the main process waits for the files of the others.
+
+    Raises:
+        UserError: a process does not see the output folder of the main process.
     """
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f"checkpoint-{step}.tmp"
-    accelerator = state.accelerator
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    if zero_stage(accelerator):
-        state.engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-    elif accelerator.is_main_process:
-        save_file(_tensors(state.model.state_dict()), temporary / "model.safetensors")
-        if state.ema is not None:
-            save_file(_tensors(state.ema.state_dict()), temporary / "ema.safetensors")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, temporary / "optimizer.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def __init__(
+        self,
+        state: TrainState,
+        model_folder: ModelFolder,
+        output_dir: Path,
+        *,
+        total_limit: int | None = None,
+        on_save_error: str = "warn",
+        timeout_seconds: float = 1800.0,
+    ):
+        self._state, self._model_folder, self._output_dir = state, model_folder, output_dir
+        self._total_limit, self._stops, self._timeout_seconds = total_limit, on_save_error == "stop", timeout_seconds
+        self._answers = Answers(state.accelerator)
+        self._thread: threading.Thread | None = None
+        self._step: int | None = None  # of the last save
+        self._why: str | None = None  # it failed
+        if state.accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(output_dir)
+        check_shared(state.accelerator, output_dir)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows by now that the last save has failed. Costs nothing; for a flag in a reduce that is
+        made anyway, after which all processes call `wait`."""
+        return self._why is not None and not (self._thread is not None and self._thread.is_alive())
+
+    def save(self, step: int, record: dict[str, Any]) -> float:
+        """Copies this process's part of a checkpoint to host memory and leaves the rest to a thread. Waits for the save
+        before, and raises what `wait` raises. A step that is saved already is not saved again.
+
+        Args:
+            record: goes into the manifest: `run` (its identity), `exactness`, `wall_time_seconds`.
+
+        Returns:
+            Seconds that training stood still.
+        """
+        start = time.perf_counter()
+        if self.wait() is None and self._step == step:
+            return time.perf_counter() - start
+        share_buffers(self._state.accelerator, self._state.model)
+        model, shard = _copies(self._state, self._model_folder)
+        partition = self._state.partition
         manifest = {
+            "format": FORMAT,
             "step": step,
             **record,
-            **topology(accelerator),
+            "partition": partition.name,
+            "optimizer_steps": partition.optimizer_steps(),
+            "scaler": partition.scaler_state(),
             "versions": {"vit_hf": vit_hf.__version__, "torch": torch.__version__},
-            "files": {str(path.relative_to(temporary)): _describe(path) for path in _files(temporary)},
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in _files(temporary):
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        self._step, self._why = step, "the thread that writes it has died"  # until it has ended
+        self._thread = threading.Thread(target=self._work, args=(next(_SAVES), manifest, model, shard), daemon=True)
+        self._thread.start()
+        return time.perf_counter() - start
+
+    def wait(self) -> str | None:
+        """Waits for the save under way. Call it before anything is said of the last checkpoint, and at the end.
+
+        Returns:
+            Why the last save failed, None where it did not: the same on all processes.
+
+        Raises:
+            UserError: it failed, and on_save_error is stop.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._state.accelerator.num_processes > 1:
+                (self._why,) = accelerate.utils.broadcast_object_list([self._why])
+        if self._why is not None and self._stops:
+            raise UserError(
+                f"checkpoint-{self._step} could not be written: {self._why}; mend it (--output_dir {self._output_dir}), or "
+                "let the run go on without: --on_save_error warn"
+            )
+        return self._why
+
+    def close(self) -> None:
+        """Waits for the thread of this process alone, however the run ends: what it writes is the last good checkpoint."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self, number: int, manifest: dict[str, Any], model: dict[str, Tensor], shard: dict[str, Tensor]) -> None:
+        """What the thread does."""
+        rank = self._state.accelerator.process_index
+        temporary = self._output_dir / f"checkpoint-{manifest['step']}.tmp"
+        try:
+            files = self._write(temporary, model, shard)
+        except Exception as error:  # one process that fails may not leave the others waiting
+            files, why = {}, _reason(error)
+            (temporary / shard_name(rank, self._state.accelerator.num_processes)).unlink(missing_ok=True)
+        else:
+            why = None
+        if rank != 0:
+            with contextlib.suppress(RuntimeError):  # the main process is gone, or has ended the run
+                self._answers.tell(number, {"files": files, "why": why})
+            self._why = why
+            return
+        try:
+            for answer in self._answers.collect(number, self._timeout_seconds):
+                files, why = files | answer["files"], why or answer["why"]
+            if why is None:
+                self._finish(temporary, manifest | {"files": files})
+        except Exception as error:
+            why = _reason(error)
+        if why is not None:
+            self._give_up(temporary, manifest["step"], why)
+        self._why = why
+
+    def _write(self, temporary: Path, model: dict[str, Tensor], shard: dict[str, Tensor]) -> dict[str, Description]:
+        """Writes the files of this process, when its tensors are worth it."""
+        for name, tensor in itertools.chain(model.items(), shard.items()):
+            if not tensor.isfinite().all():
+                raise SaveFailed(f"{name} is not finite: a run that goes on from there is lost")
+        temporary.mkdir(parents=True, exist_ok=True)
+        accelerator = self._state.accelerator
+        name = shard_name(accelerator.process_index, accelerator.num_processes)
+        files = {name: write_tensors(temporary / name, shard)}
+        return files | (self._model_folder.write(temporary, model) if accelerator.is_main_process else {})
+
+    def _finish(self, temporary: Path, manifest: dict[str, Any]) -> None:
+        """Makes a checkpoint of the files of all processes, then removes the oldest."""
+        for name, description in manifest["files"].items():
+            path = temporary / name
+            if not appears(path) or path.stat().st_size != description["bytes"]:
+                raise SaveFailed(
+                    f"the main process does not see {name} as it was written: --output_dir must be on a disk that all "
+                    "machines share"
+                )
+        write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        sync_folder(temporary)
+        final = temporary.with_suffix("")
+        if final.exists():  # put there during the run
+            move_aside(final)
         temporary.rename(final)
-        _sync(output_dir)
-        if total_limit is not None:
-            ours = [path for path in _checkpoints(output_dir) if (path / "manifest.json").exists()]
-            for old in sorted(ours, key=_step)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        sync_folder(self._output_dir)
+        if self._total_limit is not None:
+            try:
+                prune(self._output_dir, self._total_limit)
+            except OSError as error:
+                print(f"warning: an old checkpoint could not be removed: {_reason(error)}", file=sys.stderr)
+
+    def _give_up(self, temporary: Path, step: int, why: str) -> None:
+        """Removes what was written and says so."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(f"warning: checkpoint-{step} could not be written: {why}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the disk may be full
+            append_event(self._output_dir, "save_failed", step=step, why=why)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have their recorded sizes and checksums.
-
-    Raises:
-        BrokenCheckpoint: a file is missing, truncated or changed, or the folder is not one of ours.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files, _ = manifest["files"], manifest["run"]
-    except FileNotFoundError:
-        raise BrokenCheckpoint("no manifest.json, so not written by vit_hf or not whole") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BrokenCheckpoint(f"unreadable manifest.json ({error})") from None
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BrokenCheckpoint(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise BrokenCheckpoint(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if _describe(path) != expected:
-            raise BrokenCheckpoint(f"{name} was changed: its SHA-256 differs")
-    return manifest
-
-
-def find(output_dir: Path, resume_from: str) -> tuple[Path | None, dict[str, Any], dict[str, str]]:
-    """The checkpoint to go on from.
+def load(state: TrainState, model_folder: ModelFolder, folder: Path, manifest: dict[str, Any]) -> None:
+    """Puts a checkpoint into the running objects, one tensor at a time. Collective.
 
     Args:
-        resume_from: auto (the newest whole one), none, or a path.
-
-    Returns:
-        Its folder (None: start anew), its manifest, and {folder: why} for newer ones that cannot be used.
+        manifest: of `find_together`, so that its files are known to be whole.
 
     Raises:
-        UserError: a path that is no whole checkpoint, or `none` where there are checkpoints.
+        UserError: tensors are missing, left over, or of another shape: another model or optimizer.
     """
-    if resume_from not in ("auto", "none"):
-        try:
-            return Path(resume_from), read_manifest(Path(resume_from)), {}
-        except BrokenCheckpoint as error:
-            raise UserError(f"--resume_from_checkpoint: {resume_from} cannot be used: {error}") from None
-    candidates = sorted(_checkpoints(output_dir), key=_step, reverse=True)
-    if resume_from == "none" and candidates:
-        raise UserError(
-            f"--output_dir {output_dir} holds {candidates[0].name} and --resume_from_checkpoint is none; choose another "
-            "--output_dir, remove the folder, or resume with auto"
-        )
-    passed_over = {}
-    for folder in candidates:
-        try:
-            return folder, read_manifest(folder), passed_over
-        except BrokenCheckpoint as error:
-            passed_over[str(folder)] = str(error)
-    return None, {}, passed_over
+    partition, trainable = state.partition, state.partition.trainable_names()
+    averaged = list(averaged_buffers(state.model))
+    with Stored(folder, manifest) as stored:
+        has_raw = stored.has("weight.")  # so the model's file holds the average
+        wanted = {model_folder.names[name]: shape for name, shape in model_folder.shapes.items()}
+        wanted |= {f"{key}.{name}": model_folder.shapes[name] for key in partition.moment_keys() for name in trainable}
+        if has_raw:
+            wanted |= {f"weight.{name}": model_folder.shapes[name] for name in trainable}
+            wanted |= {f"buffer.{name}": model_folder.shapes[name] for name in averaged}
+        stored.check(wanted)
+        buffers = _saved_buffers(state)
+        for name in partition.parameter_names():
+            partition.set_weight(name, stored.read(model_folder.names[name]))
+        for name, buffer in buffers.items():
+            buffer.copy_(stored.read(model_folder.names[name]))
+        if state.ema is not None:
+            state.ema.adopt()  # without an average in the checkpoint it starts from the weights
+        if has_raw:
+            for name in trainable:
+                partition.set_weight(name, stored.read(f"weight.{name}"))
+            for name in averaged:
+                buffers[name].copy_(stored.read(f"buffer.{name}"))
+        for key in partition.moment_keys():
+            for name in trainable:
+                partition.set_moment(name, key, stored.read(f"{key}.{name}"))
+    partition.set_optimizer_steps(manifest["optimizer_steps"])
+    if manifest["scaler"] is not None:
+        partition.load_scaler_state(manifest["scaler"])
+    partition.refresh()
 
 
-def later_than(output_dir: Path, step: int) -> list[Path]:
-    """The checkpoints of later steps, which a resume from an earlier one makes obsolete."""
-    return [path for path in _checkpoints(output_dir) if _step(path) > step]
+class Stored:
+    """The tensors of a checkpoint by name, read one at a time."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self._folder, self._names = folder, [name for name in manifest["files"] if name.endswith(".safetensors")]
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> "Stored":
+        with contextlib.ExitStack() as opened:
+            for name in self._names:
+                try:
+                    file = opened.enter_context(safe_open(self._folder / name, framework="pt"))
+                except (OSError, SafetensorError) as error:
+                    raise UserError(f"{self._folder / name} cannot be read: {error}") from None
+                self._files |= dict.fromkeys(file.keys(), file)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._opened.close()
+
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self._files)
+
+    def read(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raises UserError where these are not the tensors that the files hold."""
+        wrong = [f"{name} is missing" for name in wanted if name not in self._files]
+        wrong += [f"{name} is left over" for name in sorted(self._files) if name not in wanted]
+        for name in wanted.keys() & self._files.keys():
+            shape = tuple(self._files[name].get_slice(name).get_shape())
+            if shape != tuple(wanted[name]):
+                wrong.append(f"{name} has shape {shape} instead of {tuple(wanted[name])}")
+        if wrong:
+            raise UserError(
+                f"{self._folder} is of another model, optimizer or --freeze: {'; '.join(wrong[:3])}"
+                + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            )
 
 
-def move_aside(folder: Path) -> Path:
-    """Renames a checkpoint that will not be used, so that it is neither found again nor overwritten nor pruned."""
-    number = 0
-    while (aside := folder.with_name(f"{folder.name}.aside{number or ''}")).exists():
-        number += 1
-    return folder.rename(aside)
+def _copies(state: TrainState, model_folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies on the host of what this process writes: the model's tensors (none but on the main process), and its part of
+    the training state. A tensor goes to the process with the least bytes so far, the first of those that are alike; the
+    main one starts with the model's. The memory stays at one whole tensor above that."""
+    partition, rank = state.partition, state.accelerator.process_index
+    model: dict[str, Tensor] = {}
+    shard: dict[str, Tensor] = {}
+    loads = [0] * state.accelerator.num_processes
 
+    def give(to: int, part: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        loads[to] += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+        if to == rank:
+            part[name] = _on_host(tensor)
 
-def remove_unfinished(output_dir: Path) -> None:
-    """Removes what a kill in the middle of a save left."""
-    for path in output_dir.glob("checkpoint-*.tmp"):
-        shutil.rmtree(path)
-
-
-def load(state: TrainState, folder: Path, manifest: dict[str, Any]) -> None:
-    """Puts a checkpoint into the running objects.
-
-    Raises:
-        UserError: DeepSpeed states cannot be read by another number of processes or ZeRO stage.
-    """
-    here = topology(state.accelerator)
-    changed = [
-        f"{name} {manifest.get(name)} then, {value} now" for name, value in here.items() if manifest.get(name) != value
-    ]
-    if (here["zero_stage"] or manifest.get("zero_stage")) and changed:
-        raise UserError(
-            f"{folder} was written by another topology ({'; '.join(changed)}); launch with the same "
-            "accelerate --config_file and number of processes"
-        )
-    if here["zero_stage"]:
-        path, _ = state.engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
-            raise UserError(f"DeepSpeed found no state in {folder}")
-        return
-    state.model.load_state_dict(load_file(folder / "model.safetensors"))
+    with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+        for name in partition.parameter_names():
+            give(0, model, name, partition.full_weight(name))
+        for name, buffer in _saved_buffers(state).items():
+            give(0, model, name, buffer)
+    for key in partition.moment_keys():
+        for name in partition.trainable_names():
+            give(loads.index(min(loads)), shard, f"{key}.{name}", partition.full_moment(name, key))
     if state.ema is not None:
-        state.ema.load_state_dict(load_file(folder / "ema.safetensors"))
-    saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    state.optimizer.load_state_dict(saved["optimizer"])
-    if state.accelerator.scaler is not None and saved["scaler"] is not None:
-        state.accelerator.scaler.load_state_dict(saved["scaler"])
+        for name in partition.trainable_names():
+            give(loads.index(min(loads)), shard, f"weight.{name}", partition.full_weight(name))
+        for name, buffer in averaged_buffers(state.model).items():
+            give(loads.index(min(loads)), shard, f"buffer.{name}", buffer)
+    return model, shard
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+def _on_host(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-def _step(folder: Path) -> int:
-    return int(NAME.fullmatch(folder.name)[1])
+def _saved_buffers(state: TrainState) -> dict[str, Tensor]:
+    saved = state.model.state_dict(keep_vars=True)
+    return {name: buffer.detach() for name, buffer in state.model.named_buffers() if name in saved}
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _reason(error: Exception) -> str:
+    """An error in one line. A mistake of ours is shown whole besides."""
+    if isinstance(error, SaveFailed):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

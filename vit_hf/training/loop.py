@@ -3,85 +3,69 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from vit_hf.training import checkpoint
-from vit_hf.training.accelerator import seed_micro_step, share_buffers, zero_stage
-from vit_hf.training.checkpoint import TrainState
-from vit_hf.training.guards import SignalGuard, StoppedBySignal, not_finite, out_of_memory
+from vit_hf.errors import UserError
+from vit_hf.training.accelerator import seed_micro_step
+from vit_hf.training.actions import Action, Log, LoopSettings, Moment
+from vit_hf.training.guards import out_of_memory
+from vit_hf.training.nonfinite import NonFinite
 from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
-from vit_hf.training.tracking import Tracker, append_event, peak_memory_bytes
+from vit_hf.training.signals import SignalGuard, StoppedBySignal
+from vit_hf.training.state import TrainState
+from vit_hf.training.tracking import Tracker, read_jsonl
 
 Batch = dict[str, Tensor]
-
-
-@dataclass
-class LoopSettings:
-    """How often things happen, and what the run is called in its checkpoints."""
-
-    output_dir: Path
-    record: dict[str, Any]  # goes into each checkpoint's manifest
-    start_time: float  # time.perf_counter() at the start of the run, less the time of earlier starts
-    seed: int
-    max_grad_norm: float
-    logging_steps: int
-    eval_steps: int | None
-    save_steps: int | None
-    save_total_limit: int | None
-    log_figures_steps: int | None = None
 
 
 def train(
     state: TrainState,
     batches: Iterator[Batch],
-    *,
     plan: BatchPlan,
     schedule: Schedule,
     settings: LoopSettings,
     augment: Callable[[Batch, int, int, int], tuple[Tensor, Tensor]],
-    objective: Callable[[torch.nn.Module, Tensor, Tensor], Tensor],
-    evaluate: Callable[[], dict[str, float]],
-    extra_metrics: Callable[[dict[str, float]], dict[str, Any]] = lambda speed: {},
-    mfu_scale: float | None = None,
-    training_flops_per_image: float | None = None,
-    draw: Callable[[int], dict[str, np.ndarray]] | None = None,
-    first_step: int = 0,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    actions: Sequence[Action],
 ) -> None:
-    """Trains from `first_step` to the end of the schedule, writing metrics.jsonl and checkpoints as it goes.
+    """Trains from `settings.first_step` to the end of the schedule, and does what falls due on the way.
 
     Args:
         batches: one micro-batch of this process after the other, on the device, from `first_step` on.
         augment: (batch, step, micro_step, rank) -> pixel_values float (B, C, H, W), targets float (B, K).
-        objective: (model, pixel_values, targets) -> mean loss.
-        evaluate: called on all processes; its numbers make a line of metrics.jsonl.
-        extra_metrics: more numbers for each log line; handed what its window measured of the speed.
-        mfu_scale: model FLOPs utilisation for each image a second, where it is known.
-        training_flops_per_image: operations of an image's forward and backward pass, where they are known.
-        draw: given to the process that draws; called with the step, gives pictures uint8 (H, W, 3) by name, and leaves the
-            model and all random generators as they were.
+        objective: (logits fp32 (B, K), targets) -> mean loss; torch's cross_entropy takes soft targets.
+        actions: those that are due at a step run in the order of this list: Log, Save, Evaluate, Draw.
 
     Raises:
-        StoppedBySignal: SIGTERM or Ctrl-C came; the checkpoint is written.
-        UserError: the loss is not finite, or the device is full.
+        StoppedBySignal: a signal came; the checkpoint is written.
+        UserError: the loss, the gradients or the weights are not finite, or the device is full.
     """
     accelerator, engine, optimizer = state.accelerator, state.engine, state.optimizer
-    rank, device = accelerator.process_index, accelerator.device
+    rank, first_step = accelerator.process_index, settings.first_step
     tracker = Tracker(accelerator, settings.output_dir, first_step, schedule.total_steps)
-    guard = SignalGuard(accelerator)
-    window_loss, window_start = torch.zeros((), device=device), first_step
+    watch = NonFinite(
+        state,
+        settings.on_nonfinite,
+        settings.output_dir,
+        accumulation=plan.accumulation,
+        first_step=first_step,
+        learning_rate=schedule.learning_rate,
+        spike_threshold=settings.spike_threshold,
+    )
+    moment = Moment(state, plan, schedule, settings, tracker, watch, first_step, logged_step=first_step)
+    guard = SignalGuard(accelerator, schedule.total_steps)
     engine.train()
     try:
+        for action in _missing(actions, moment):
+            action.run(moment)
         for step in range(first_step, schedule.total_steps):
-            learning_rate = schedule.learning_rate_at(step)
-            set_learning_rate(optimizer, learning_rate)
+            moment.learning_rate = schedule.learning_rate_at(step)
+            set_learning_rate(optimizer, moment.learning_rate)
             for micro_step in range(plan.accumulation):
                 wait_start = time.perf_counter()
                 batch = next(batches)
@@ -90,121 +74,61 @@ def train(
                 pixel_values, targets = augment(batch, step, micro_step, rank)
                 accelerator.sync_gradients = micro_step == plan.accumulation - 1
                 with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(engine):
-                    loss = objective(engine, pixel_values, targets)
+                    loss = objective(engine(pixel_values=pixel_values).logits.float(), targets)
                     accelerator.backward(loss)  # DeepSpeed clips and steps in here
-                window_loss += loss.detach()
-            grad_norm = _clip(state, settings.max_grad_norm)
+                watch.saw(loss)
+            left_out = watch.before_step(state.partition.clip(settings.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
+            watch.after_step()
             if state.ema is not None:
-                state.ema.update()
+                state.ema.update(left_out)
             tracker.step()
 
-            done = step + 1
-            stop = guard.stop_asked(done) and done < schedule.total_steps
-            save_due = stop or schedule.is_due(done, settings.save_steps)
-            if save_due or schedule.is_due(done, settings.logging_steps):
-                steps = done - window_start
-                numbers = torch.stack([window_loss / (steps * plan.accumulation), _norm(state, grad_norm)])
-                mean_loss, last_norm = accelerator.reduce(numbers, reduction="mean").tolist()  # the one host sync
-                if broken := not_finite(mean_loss, last_norm, window_start + 1, done, accelerator.mixed_precision):
-                    if accelerator.is_main_process:
-                        append_event(settings.output_dir, "not_finite", step=done, why=str(broken))
-                    raise broken
-                speed = tracker.window(steps * plan.global_batch_size)
-                if mfu_scale is not None:
-                    speed["mfu"] = speed["images_per_second"] * mfu_scale
-                tracker.write(
-                    {
-                        "step": done,
-                        "epoch": round(schedule.epochs_after(done), 4),
-                        "loss": mean_loss,
-                        "learning_rate": learning_rate,
-                        "grad_norm": last_norm,
-                        **speed,
-                        "peak_memory_bytes": peak_memory_bytes(device),
-                        **_spent(done, plan, settings, training_flops_per_image),
-                        **extra_metrics(speed),
-                    }
-                )
-                window_loss.zero_()
-                window_start = done
-            if stop:  # who stops us may not wait for an evaluation
-                _save(state, settings, done, tracker)
-            if schedule.is_due(done, settings.eval_steps):
-                measured = _evaluate(state, evaluate, tracker)
-                spent = _spent(done, plan, settings, training_flops_per_image)
-                tracker.write({"step": done, "epoch": round(schedule.epochs_after(done), 4), **measured, **spent})
-            if save_due and not stop:
-                _save(state, settings, done, tracker)
-            if draw is not None and not stop and schedule.is_due(done, settings.log_figures_steps):
-                _draw(state, settings, done, draw, tracker)
+            moment.step = step + 1
+            stop = guard.stop_asked(moment.step)  # never at the last step: that is the end
+            for action in _due(actions, moment.step, stop):
+                action.run(moment)
             if stop:
-                number = guard.received or signal.SIGTERM  # another process may have been the one that received it
-                if accelerator.is_main_process:
-                    append_event(settings.output_dir, "signal", signal=signal.Signals(number).name, step=done)
-                raise StoppedBySignal(number, done)
+                raise _stopped(actions, moment, guard.number)
+        for action in actions:
+            action.finish(moment)
     except torch.OutOfMemoryError:
         raise out_of_memory(plan.micro_batch_size, engine.training) from None
     finally:
         guard.release()
+        for action in actions:
+            action.close()
         tracker.close()
 
 
-def _evaluate(state: TrainState, evaluate: Callable[[], dict[str, float]], tracker: Tracker) -> dict[str, float]:
-    """Evaluates the model, or its average where there is one."""
-    with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
-        share_buffers(state.accelerator, state.model)
-        state.engine.eval()
-        measured = evaluate()
-        state.engine.train()
-    return measured
+def _due(actions: Sequence[Action], step: int, stop: bool) -> list[Action]:
+    """What runs after a step, in the order of the list. Who stops us may not wait for an evaluation."""
+    due = [action for action in actions if (action.on_stop if stop else action.cadence.is_due(step))]
+    needs_log = any(action.needs_log for action in due)
+    return [action for action in actions if action in due or (needs_log and isinstance(action, Log))]
 
 
-def _draw(
-    state: TrainState,
-    settings: LoopSettings,
-    done: int,
-    draw: Callable[[int], dict[str, np.ndarray]],
-    tracker: Tracker,
-) -> None:
-    """Draws the model, or its average where there is one. The other processes are a step ahead and wait there."""
-    if state.accelerator.device.type == "cuda":
-        torch.cuda.synchronize(state.accelerator.device)  # steps under way are training time, what follows is not
-    with tracker.pause(), state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
-        try:
-            tracker.write_images(draw(done), done)
-        except (torch.OutOfMemoryError, ValueError) as error:
-            # no reason to end a run; weights that are not finite have a line of their own when the loss is looked at
-            append_event(settings.output_dir, "figures_left_out", step=done, why=str(error).split(". ")[0])
+def _missing(actions: Sequence[Action], moment: Moment) -> list[Action]:
+    """What was due at the step that the run goes on from, and was not done before the run ended. The main process reads
+    that and tells the others."""
+    if moment.step == 0:
+        return []
+    lines = read_jsonl(moment.settings.output_dir / "metrics.jsonl") if moment.tracker.is_main else []
+    here = [line for line in lines if line["step"] == moment.step]
+    told = [[action.cadence.is_due(moment.step) and action.is_missing(here) for action in actions]]
+    return [action for action, missing in zip(actions, broadcast_object_list(told)[0], strict=True) if missing]
 
 
-def _spent(
-    done: int, plan: BatchPlan, settings: LoopSettings, training_flops_per_image: float | None
-) -> dict[str, float]:
-    """What the run has cost up to now, earlier starts included: images, wall clock, and operations where an image's
-    are known. Images and operations are functions of the step; the clock goes on from the checkpoint's."""
-    images = done * plan.global_batch_size
-    spent = {"images_seen": images, "wall_time_seconds": round(time.perf_counter() - settings.start_time, 2)}
-    return spent if training_flops_per_image is None else spent | {"training_flops": training_flops_per_image * images}
-
-
-def _save(state: TrainState, settings: LoopSettings, done: int, tracker: Tracker) -> None:
-    """Writes a checkpoint that says how long the run has taken so far."""
-    record = {**settings.record, "wall_time_seconds": round(time.perf_counter() - settings.start_time, 2)}
-    share_buffers(state.accelerator, state.model)
-    with tracker.pause():
-        checkpoint.save(state, settings.output_dir, done, record, settings.save_total_limit)
-
-
-def _clip(state: TrainState, max_grad_norm: float) -> Tensor | None:
-    """Clips the gradients and returns their norm before that, on the device. DeepSpeed has done it already."""
-    if zero_stage(state.accelerator):
-        return None
-    return state.accelerator.clip_grad_norm_(state.model.parameters(), max_grad_norm or float("inf"))
-
-
-def _norm(state: TrainState, grad_norm: Tensor | None) -> Tensor:
-    if grad_norm is None:
-        grad_norm = state.engine.get_global_grad_norm()
-    return torch.as_tensor(grad_norm, dtype=torch.float32, device=state.accelerator.device)
+def _stopped(actions: Sequence[Action], moment: Moment, number: int) -> UserError:
+    """The end of a run that a signal asked for, when its checkpoint is written."""
+    for action in actions:
+        action.finish(moment)
+    name = signal.Signals(number).name
+    moment.record("signal", signal=name, step=moment.step)
+    if moment.not_saved is None:
+        return StoppedBySignal(number, moment.step)
+    return UserError(
+        f"stopped by {name} at step {moment.step}, whose checkpoint could not be written: {moment.not_saved}; the same "
+        "command goes on from the one before"
+    )

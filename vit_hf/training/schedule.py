@@ -86,35 +86,70 @@ class Schedule:
         """The first step that holds no image of an earlier epoch; epochs count from 0."""
         return math.ceil(epoch * self.num_samples / self.global_batch_size)
 
-    def is_due(self, steps: int, every: int | None) -> bool:
-        """Whether something that happens every so many steps (None: once an epoch) happens after `steps` steps; at
-        the last step everything does."""
-        if steps == self.total_steps:
-            return True
+    def cadence(self, every: int | None, most: int = 100) -> "Cadence":
+        """When something happens: every so many steps; None: once an epoch, or every second, third, ... epoch where it
+        would be more than `most` times in the run. An epoch may end in the midst of a batch: the step counts for it."""
         if every is not None:
-            return steps % every == 0
-        seen = steps * self.global_batch_size
-        return seen // self.num_samples > (seen - self.global_batch_size) // self.num_samples
+            return Cadence(every, 1, self.total_steps)
+        before_last = (
+            (self.total_steps - 1) * self.global_batch_size // self.num_samples
+        )  # the last step comes in any case
+        epochs = before_last // most + 1
+        return Cadence(epochs * self.num_samples, self.global_batch_size, self.total_steps)
 
 
-def make_schedule(
-    *,
-    num_samples: int,
-    global_batch_size: int,
-    num_train_epochs: float | None,
-    max_steps: int | None,
-    warmup_steps: int | None,
-    warmup_ratio: float | None,
-    learning_rate: float,
-    kind: str,
-) -> Schedule:
+@dataclass(frozen=True)
+class Cadence:
+    """The steps after which something happens: those in which a period ends, and always the last one.
+
+    Args:
+        period: in what steps are made of, steps themselves or images.
+        each: as much of it a step is.
+        total_steps: the last step.
+    """
+
+    period: int
+    each: int
+    total_steps: int
+
+    def is_due(self, steps: int) -> bool:
+        """Whether it happens after `steps` steps."""
+        seen = steps * self.each
+        return steps == self.total_steps or seen // self.period > (seen - self.each) // self.period
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Length and learning rate of a run, as the flags of the same names say."""
+
+    global_batch_size: int
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+
+
+def make_schedule(num_samples: int, settings: ScheduleSettings, first_step: int = 0) -> Schedule:
     """Counts the steps of a run and of its warm-up.
 
+    Args:
+        num_samples: images an epoch.
+        first_step: that the run goes on from.
+
     Raises:
-        ArgumentError: a warm-up longer than the run.
+        ArgumentError: a warm-up longer than the run, or a run that ends before the step that it goes on from.
     """
-    total = max_steps or math.ceil(num_train_epochs * num_samples / global_batch_size)
-    warmup = warmup_steps if warmup_steps is not None else math.ceil((warmup_ratio or 0) * total)
+    batch, warmup = settings.global_batch_size, settings.warmup_steps
+    total = settings.max_steps or math.ceil(settings.num_train_epochs * num_samples / batch)
+    if total < first_step:
+        flag = "max_steps" if settings.max_steps else "num_train_epochs"
+        raise ArgumentError(
+            f"--{flag} {getattr(settings, flag)}: the run would end at step {total}, and it goes on from step {first_step}; "
+            "give more"
+        )
+    warmup = warmup if warmup is not None else math.ceil((settings.warmup_ratio or 0) * total)
     if warmup > total:
         raise ArgumentError(f"--warmup_steps: {warmup} is longer than the run of {total} steps; take {total} or less")
-    return Schedule(num_samples, global_batch_size, total, warmup, learning_rate, kind)
+    return Schedule(num_samples, batch, total, warmup, settings.learning_rate, settings.lr_scheduler_type)

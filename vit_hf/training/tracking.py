@@ -1,10 +1,13 @@
-"""What a run tells: metrics.jsonl, events.jsonl, the progress bar, trackers, throughput and memory."""
+"""What a run tells: metrics.jsonl, events.jsonl, the progress bar, throughput and memory."""
 
+import contextlib
 import json
 import math
+import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,32 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def warn(text: str) -> None:
+    """A line on stderr, above the progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 def append_event(output_dir: Path, event: str, **details: Any) -> None:
-    """Adds one line to events.jsonl: what went wrong or was decided."""
-    with open(output_dir / "events.jsonl", "a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details}) + "\n")
+    """Adds one line to events.jsonl: what went wrong or was decided. Where the disk takes none it goes to stderr: a run
+    does not end for it."""
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
+    try:
+        _append(output_dir / "events.jsonl", line + "\n")
+    except OSError as error:
+        warn(f"events.jsonl cannot be written ({error.strerror}): {line}")
+
+
+def _append(path: Path, text: str) -> None:
+    """Adds text to a file, all of it or, where a full disk takes a part, nothing. Raises OSError."""
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 # Dense 16-bit matrix products, FLOP/s. Source: the makers' data sheets (without sparsity).
@@ -41,6 +66,15 @@ def peak_flops(device_name: str, mixed_precision: str) -> float | None:
         return None
     words = device_name.replace("-", " ").split()
     return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+
+
+def mfu_scale(accelerator: accelerate.Accelerator, flops_per_image: float) -> float | None:
+    """Model FLOPs utilisation for each image a second: an image's operations over the peak of all devices; None where
+    no peak is known. Source: arXiv 2204.02311, appendix B."""
+    if accelerator.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(accelerator.device), accelerator.mixed_precision)
+    return None if peak is None else flops_per_image / (peak * accelerator.num_processes)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -60,20 +94,21 @@ class Tracker:
 
     def __init__(self, accelerator: accelerate.Accelerator, output_dir: Path, steps_done: int, total_steps: int):
         self._accelerator = accelerator
+        self.is_main = accelerator.is_main_process
         self._path = output_dir / "metrics.jsonl"
-        self._file = None
-        if accelerator.is_main_process:
+        self._unwritten = ""
+        self._postfix: dict[str, str] = {}
+        if self.is_main:
             kept = [line for line in read_jsonl(self._path) if line["step"] <= steps_done]
             temporary = self._path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self._path)
-            self._file = open(self._path, "a")
         self._bar = tqdm(
             total=total_steps,
             initial=steps_done,
             unit="step",
             dynamic_ncols=True,
-            disable=not accelerator.is_main_process,
+            disable=not self.is_main,
         )
         self._window_start = time.perf_counter()
         self._paused = 0.0
@@ -87,9 +122,21 @@ class Tracker:
         """Time the step spent waiting for data."""
         self._waited += seconds
 
-    def pause(self) -> "_Pause":
-        """A context whose time is not training time (evaluation, saving)."""
-        return _Pause(self)
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose time is not training time (evaluation, saving). Steps that are under way on the device when it
+        begins are training, so it waits for them."""
+        self._synchronise()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            self._paused += time.perf_counter() - start
+
+    def _synchronise(self) -> None:
+        if self._accelerator.device.type != "cpu":
+            torch.accelerator.synchronize(self._accelerator.device)
 
     def window(self, images: int) -> dict[str, float]:
         """Closes the window since the last call: global images a second and the share of time spent waiting for data,
@@ -101,41 +148,34 @@ class Tracker:
         return measured
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line to metrics.jsonl (flushed), to the trackers and to the progress bar."""
-        if self._file is None:
+        """One line to metrics.jsonl, on disk at once, to the trackers and to the progress bar."""
+        if not self.is_main:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")  # JSON knows no NaN
-        self._file.flush()
+        self._put(json.dumps(finite) + "\n")  # JSON knows no NaN
         numbers = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
         self._accelerator.log(numbers, step=line["step"])
         shown = {"loss": "loss", "images_per_second": "img/s", "eval_accuracy": "acc"}
-        self._postfix = {
-            **getattr(self, "_postfix", {}),
-            **{short: f"{line[key]:.4g}" for key, short in shown.items() if key in line},
-        }
+        self._postfix |= {short: f"{line[key]:.4g}" for key, short in shown.items() if key in line}
         self._bar.set_postfix(self._postfix)
 
     def write_images(self, images: dict[str, np.ndarray], step: int) -> None:
         """Pictures uint8 (H, W, 3) by name, to the trackers that take any."""
         for tracker in self._accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: image[None] for name, image in images.items()}, step=step, **form)
+            tracker.log_images(images, step)
 
     def close(self) -> None:
-        """Ends the progress bar and the file."""
+        """Ends the progress bar."""
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        if self._unwritten:
+            self._put("")
 
-
-class _Pause:
-    def __init__(self, tracker: Tracker):
-        self._tracker = tracker
-
-    def __enter__(self):
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self._tracker._paused += time.perf_counter() - self._start
+    def _put(self, text: str) -> None:
+        """Adds a line to the file. What a full disk does not take is kept for the next time."""
+        first, self._unwritten = not self._unwritten, self._unwritten + text
+        try:
+            _append(self._path, self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            if first:
+                warn(f"metrics.jsonl cannot be written ({error.strerror}); its lines are kept for the next time")

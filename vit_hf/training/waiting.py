@@ -5,6 +5,7 @@ and a connection that breaks says that a process is gone. What the work gave tra
 which takes no time then. This module must not know what the work is.
 """
 
+import functools
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import accelerate
 
@@ -58,6 +59,18 @@ def machine_first(accelerator: accelerate.Accelerator, function: Callable[[], T]
         return function()
     mine = together(accelerator, function if accelerator.is_local_main_process else None, doing)
     return mine if accelerator.is_local_main_process else function()
+
+
+def processes_of(accelerator: accelerate.Accelerator) -> dict[str, Any]:
+    """What the data of a run has to know of its processes: the fields of data/processes.py's `Processes`."""
+    return {
+        "device": accelerator.device,
+        "num_processes": accelerator.num_processes,
+        "rank": accelerator.process_index,
+        "say": accelerator.print,
+        "main_first": functools.partial(main_process_first, accelerator),
+        "machine_first": functools.partial(machine_first, accelerator),
+    }
 
 
 def together(accelerator: accelerate.Accelerator, work: Callable[[], T] | None, doing: str) -> T | None:

@@ -3,24 +3,101 @@
 What is drawn for a sample is drawn on the host from its key (randomness.py); the device only carries it out, in batches.
 """
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vit_hf.arguments import RandomCrop
+from vit_hf.arguments import RandAugment, RandomCrop
 from vit_hf.data.augment.crops import flips, random_padded_crop, random_resized_crop, resized_crop_boxes
 from vit_hf.data.augment.erasing import random_erasing, random_erasing_normalised
 from vit_hf.data.augment.mixing import Mixing, mix
 from vit_hf.data.augment.operations import apply_program, to_device
-from vit_hf.data.augment.policies import Policy, chain
+from vit_hf.data.augment.policies import OP_SETS, Policy, chain, make_policies
+from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.randomness import sample_keys
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Grey levels 0 to 255 (B, C, H, W) -> float (x / 255 - mean) / std; mean and std (C,)."""
     return pixels.contiguous().float().mul_((1 / (255 * std))[:, None, None]).sub_((mean / std)[:, None, None])
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """What is done to training images on the device, as the flags of the same names say."""
+
+    random_flip: float = 0.0
+    randaugment: RandAugment | None = None
+    trivial_augment: bool = False
+    three_augment: bool = False
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    random_erasing_mode: str = "uniform"
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mixup_mode: str = "batch"
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int = 0
+    label_smoothing_factor: float = 0.0
+
+
+def make_augment(
+    settings: AugmentSettings,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    seed: int,
+    num_classes: int,
+    crop: RandomCrop,
+    first_step_of: Callable[[int], int],
+) -> "Augment":
+    """The device side of the training transforms.
+
+    Args:
+        crop: what is left of the random crop to the device.
+        first_step_of: an epoch's first step, where mixing may end.
+    """
+    randaugment = settings.randaugment
+    fill = OP_SETS[randaugment.ops].fill if randaugment is not None else 0
+    return Augment(
+        seed=seed,
+        num_classes=num_classes,
+        mean=preprocessing.image_mean,
+        std=preprocessing.image_std,
+        device=device,
+        crop=crop,
+        bicubic_crops=preprocessing.bicubic_crops,
+        flip=settings.random_flip,
+        policies=make_policies(
+            randaugment=randaugment,
+            trivial=settings.trivial_augment,
+            three=settings.three_augment,
+            jitter=settings.color_jitter,
+        ),
+        fill=tuple(round(255 * mean) for mean in preprocessing.image_mean) if fill is None else fill,
+        erasing=settings.random_erasing,
+        erasing_mode=settings.random_erasing_mode,
+        mixing=Mixing(
+            mixup_alpha=settings.mixup_alpha,
+            cutmix_alpha=settings.cutmix_alpha,
+            mode=settings.mixup_mode,
+            prob=settings.mixup_prob,
+            switch_prob=settings.mixup_switch_prob,
+            off_step=first_step_of(settings.mixup_off_epoch) if settings.mixup_off_epoch else None,
+        ),
+        label_smoothing=settings.label_smoothing_factor,
+    )
+
+
+def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Grey levels uint8 (B, C, H, W) on the device -> what the model takes, float."""
+    mean, std = (torch.tensor(c, device=device) for c in (preprocessing.image_mean, preprocessing.image_std))
+    return functools.partial(normalise, mean=mean, std=std)
 
 
 class Augment:

@@ -4,12 +4,14 @@ Each policy is a function of the samples' keys and the size of the pictures, and
 operations.py. Where a published op set names sizes in pixels, those are its own at 224 pixels, or a share of the side.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from vit_hf.arguments import RandAugment
 from vit_hf.data.augment.operations import NUMBER, Program
 from vit_hf.data.randomness import uniform
 
@@ -201,7 +203,7 @@ def chain(programs: list[Program]) -> Program:
 
 def make_policies(
     *,
-    randaugment: dict[str, Any] | None = None,
+    randaugment: RandAugment | None = None,
     trivial: bool = False,
     three: bool = False,
     jitter: float = 0.0,
@@ -209,11 +211,11 @@ def make_policies(
     """The policies that are on, in the order in which they are carried out.
 
     Args:
-        randaugment: arguments of `rand_augment`; None is off.
+        randaugment: what `rand_augment` draws; None is off.
     """
     policies: list[Policy] = []
     if randaugment is not None:
-        policies.append(functools.partial(rand_augment, **randaugment))
+        policies.append(functools.partial(rand_augment, **dataclasses.asdict(randaugment)))
     if trivial:
         policies.append(trivial_augment)
     if three:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vit_hf.data.processes import Processes
 from vit_hf.data.rows.table import Source
 from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, encode_labels, find_columns
 from vit_hf.data.sets.digits import load_digits_splits
@@ -54,6 +55,49 @@ class _Split:
     rows: np.ndarray  # int64 (n,), ascending
     origin: Origin  # of all source rows
     source_name: str  # as the set names it
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSettings:
+    """Which set and which of its images, as the flags of the same names say."""
+
+    dataset_name: str
+    dataset_config_name: str | None = None
+    revision: str | None = None
+    image_column_name: str | None = None
+    label_column_name: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    subset_fraction: float | None = None
+    subset_per_class: int | None = None
+    subset_classes: tuple[str, ...] | None = None
+    subset_seed: int = 0
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    split_seed: int = 0
+    streaming: bool = False
+    need_train: bool = True  # of no flag: whether the training split is wanted
+
+
+def load_set(settings: SetSettings) -> ImageSplits:
+    """The two splits that the settings name; errors are those of `load_image_splits`."""
+    values = dataclasses.asdict(settings)
+    rule = {name: values.pop(f"subset_{name}") for name in ("fraction", "per_class", "classes", "seed")}
+    rule["classes"] = None if rule["classes"] is None else list(rule["classes"])
+    return load_image_splits(values.pop("dataset_name"), subset=SubsetRule(**rule), **values)
+
+
+def load_splits(settings: SetSettings, processes: Processes) -> ImageSplits:
+    """The two splits, on every process: the main process downloads, scans or generates, and the others open what it has
+    made. Says what is to be known of the set."""
+
+    def load() -> ImageSplits:  # where each row comes from is known by its subset_hash; the columns would travel along
+        return dataclasses.replace(load_set(settings), train_origin=None, eval_origin=None)
+
+    splits = processes.main_first(load, f"loading {settings.dataset_name}")
+    for note in splits.notes:
+        processes.say(f"note: {note}")
+    return splits
 
 
 def load_image_splits(

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import datasets
+import yaml
 
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import Source, TableRows
@@ -45,6 +46,16 @@ class ImageSplits:
         """The split `train` or `eval` by index."""
         split = getattr(self, which)
         return TableRows(split, self.sources.get(which)) if isinstance(split, datasets.Dataset) else split
+
+
+def trained_split_seed(model: str) -> int:
+    """The --split_seed of the run that made a local model: it decides which images were held out of a set that has no
+    evaluation split of its own. 0 where nothing is said."""
+    try:
+        config = yaml.safe_load((Path(model) / "run_config.yaml").read_text())
+        return int(config.get("split_seed", config["seed"]))  # an older run had one seed for both
+    except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return 0
 
 
 class Heads(dict):

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -61,28 +60,6 @@ class SubsetRule:
         """Return the parts that are set, as plain values for YAML and the model card; {} keeps every row."""
         parts = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return {} if self.is_empty else parts
-
-
-def parse_subset_classes(text: str) -> list[str]:
-    """Read the value of --subset_classes: names or indices by comma, or the path of a file with one a line.
-
-    A name that itself holds a comma (as ImageNet's do) can only be given in a file, or by its index.
-
-    Raises:
-        UserError: the text or the file names no class.
-    """
-    path = os.path.expanduser(text.strip())
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            items = file.read().splitlines()
-    else:
-        items = text.split(",")
-    items = [item.strip() for item in items if item.strip()]
-    if not items:
-        raise UserError(
-            f"--subset_classes {text!r} names no class: give names or indices, by comma or one a line in a file"
-        )
-    return items
 
 
 def resolve_classes(wanted: list[str] | None, class_names: list[str]) -> np.ndarray:

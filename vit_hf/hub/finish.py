@@ -1,0 +1,70 @@
+"""The end of a run: its output folder becomes a model repository, with weights, curves, card and results."""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vit_hf.analysis.curves import learning_curves
+from vit_hf.hub.card import write_card
+from vit_hf.hub.export import write_json
+from vit_hf.training.model_folder import ModelFolder
+from vit_hf.training.state import TrainState
+from vit_hf.training.tracking import peak_memory_bytes, read_jsonl
+
+
+def export_model(state: TrainState, files: ModelFolder, output_dir: Path) -> None:
+    """Writes the model into its folder: the weights in fp32, or their average where there is one, whatever the partition.
+    All processes call it."""
+    partition, main, tensors = state.partition, state.accelerator.is_main_process, {}
+    with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+        for name in partition.parameter_names():
+            weight = partition.full_weight(name)
+            if main:
+                tensors[name] = _to_cpu(weight)
+        if main:
+            saved = state.model.state_dict(keep_vars=True)
+            tensors |= {name: _to_cpu(buffer) for name, buffer in state.model.named_buffers() if name in saved}
+    if main:
+        files.write(output_dir, tensors)
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).clone().contiguous()
+
+
+def finish_folder(
+    state: TrainState,
+    output_dir: Path,
+    name: str,
+    flags: dict[str, Any],
+    resolved: dict[str, Any],
+    counted: dict[str, int],
+    start_time: float,
+) -> None:
+    """Draws the curves, writes card and results, and says how the run ended; on the main process.
+
+    Args:
+        name: of the repository, or of the folder.
+        flags: all of them, as plain values. resolved: what follows from them.
+        counted: what was counted of the data, e.g. {"bad_images": 3}.
+        start_time: time.perf_counter() at the start of the run, less the time of earlier starts.
+    """
+    if not state.accelerator.is_main_process:
+        return
+    lines = read_jsonl(output_dir / "metrics.jsonl")
+    learning_curves({output_dir.name: lines}).savefig(output_dir / "learning_curves.png", dpi=120)
+    results = {key: value for line in lines for key, value in line.items()}  # the last of each kind
+    results |= {key: resolved[key] for key in ("train_samples", "num_parameters", "versions")} | counted
+    results["peak_memory_bytes"] = peak_memory_bytes(state.accelerator.device)
+    results["wall_time_seconds"] = round(time.perf_counter() - start_time, 2)
+    write_card(output_dir, name, flags, resolved, results, state.model.config)
+    write_json(results, output_dir / "all_results.json")  # last: its presence says that the folder is complete
+    print(
+        f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "
+        f"({resolved['eval_split']}); {output_dir}"
+        + (f"; {counted['bad_images']} bad images skipped" if counted.get("bad_images") else "")
+    )
