@@ -12,6 +12,7 @@ from tests.runs import DEMO_DEFAULTS, in_process, lines, trajectory
 from vit_hf.errors import UserError
 from vit_hf.models.configuration_vit import ViTConfig
 from vit_hf.models.summary import summarise
+from vit_hf.training.manifest import seal
 
 EVERYTHING_ON = dict(
     random_crop="padding=3",
@@ -129,7 +130,7 @@ def test_a_checkpoint_of_before_a_flag_existed_is_still_this_runs(run, tmp_path,
     path = tmp_path / "run/checkpoint-2/manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["run"]["cutmix_alpha"], manifest["run"]["momentum"]
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(seal(manifest)))
     run("pretrain", save_steps=2)
     assert lines(tmp_path / "run")[-1]["step"] == 6
 
@@ -140,7 +141,7 @@ def test_the_wall_time_counts_all_starts(run, tmp_path, killed_after, monkeypatc
         run("pretrain", save_steps=2)
     monkeypatch.undo()
     path = tmp_path / "run/checkpoint-2/manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "wall_time_seconds": 1000.0}))
+    path.write_text(json.dumps(seal({**json.loads(path.read_text()), "wall_time_seconds": 1000.0})))
     run("pretrain", save_steps=2)
     assert 1000 < json.loads((tmp_path / "run/all_results.json").read_text())["wall_time_seconds"] < 1500
     clock = [(line["step"], line["wall_time_seconds"]) for line in lines(tmp_path / "run", "wall_time_seconds")]

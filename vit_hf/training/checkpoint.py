@@ -33,7 +33,7 @@ from vit_hf.errors import UserError
 from vit_hf.training.accelerator import share_buffers
 from vit_hf.training.ema import averaged_buffers
 from vit_hf.training.files import Description, sync_folder, write_bytes, write_tensors
-from vit_hf.training.manifest import FORMAT, move_aside, prune, remove_unfinished, shard_name
+from vit_hf.training.manifest import FORMAT, move_aside, prune, remove_unfinished, seal, shard_name
 from vit_hf.training.model_folder import ModelFolder
 from vit_hf.training.shared_folder import Answers, SaveFailed, appears, check_shared
 from vit_hf.training.state import TrainState
@@ -185,7 +185,7 @@ class Checkpoints:
                     f"the main process does not see {name} as it was written: --output_dir must be on a disk that all "
                     "machines share"
                 )
-        write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_bytes(temporary / "manifest.json", json.dumps(seal(manifest), indent=1).encode())
         sync_folder(temporary)
         final = temporary.with_suffix("")
         if final.exists():  # put there during the run

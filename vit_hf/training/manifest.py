@@ -37,6 +37,13 @@ def shard_name(rank: int, num_processes: int) -> str:
     return f"training_state-{rank + 1:05}-of-{num_processes:05}.safetensors"
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The same manifest with its own SHA-256 in it, so that a changed number is seen."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    plain = json.loads(json.dumps(content))
+    return content | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files all have their recorded sizes and checksums. Every value that is read here
     or by a resume has its type.
@@ -61,6 +68,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if match and int(match[1]) != manifest["step"]:
         raise BrokenCheckpoint(f"manifest.json: step is {manifest['step']}, and the folder is {folder.name}")
     _check_files(folder, manifest["files"])
+    if seal(manifest) != manifest:
+        raise BrokenCheckpoint("manifest.json was changed: its own SHA-256 differs")
     return manifest
 
 
@@ -109,8 +118,7 @@ def find_together(accelerator: accelerate.Accelerator, output_dir: Path, resume_
     )
     folder, manifest, _ = found
     if folder is not None and accelerator.num_processes > 1:
-        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        blind = accelerate.utils.gather_object([not _sees(folder, digest)])
+        blind = accelerate.utils.gather_object([not _sees(folder, manifest)])
         if any(blind):
             raise UserError(
                 f"process {blind.index(True)} does not see {folder} as the main process does: --output_dir must be on a "
@@ -155,12 +163,11 @@ def _step(folder: Path) -> int:
     return int(NAME.fullmatch(folder.name)[1])
 
 
-def _sees(folder: Path, digest: str) -> bool:
+def _sees(folder: Path, manifest: dict[str, Any]) -> bool:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8")) == manifest
     except (OSError, ValueError):
         return False
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() == digest
 
 
 def _is_count(value: Any) -> bool:
