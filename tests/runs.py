@@ -82,3 +82,18 @@ def evaluation(output_dir):
     """The last evaluation, without what the clock says."""
     last = lines(output_dir, "eval_accuracy")[-1]
     return {name: value for name, value in last.items() if name != "wall_time_seconds"}
+
+
+def scripts_of(output_dir):
+    """{rank: process id} of the scripts that run with this output folder, under whatever launcher."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            words = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
+        if ranks and str(output_dir).encode() in command:
+            found[ranks[0]] = min(int(folder.name), found.get(ranks[0], 1 << 30))  # workers are forked later
+    return found

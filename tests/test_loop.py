@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import signal
+import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import accelerate
@@ -46,19 +48,21 @@ class Run:
 
     def __init__(
         self, tmp_path, *, accumulation=1, steps=4, max_grad_norm=0.0, first_step=0, ema_decay=0.0, learning_rate=0.1,
-        optim="sgd", mixed_precision="no", on_batch=lambda number: None, **settings,
+        optim="sgd", mixed_precision="no", on_save_error="warn", on_batch=lambda number: None, **settings,
     ):  # fmt: skip
-        AcceleratorState._reset_state(reset_partial_state=True)
+        AcceleratorState._reset_state()
         torch.manual_seed(0)
         self.model = Model()
-        self.plan = plan_batches(8, 1, 8 // accumulation)
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
+        num_processes = accelerator.num_processes
+        self.plan = plan_batches(8, num_processes, 8 // num_processes // accumulation)
         self.state = prepare(
-            accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision), self.model, self.plan, optimizer=OptimizerSettings(optim, learning_rate, momentum=0.0),
+            accelerator, self.model, self.plan, optimizer=OptimizerSettings(optim, learning_rate, momentum=0.0),
             max_grad_norm=max_grad_norm, ema_decay=ema_decay,
         )  # fmt: skip
         weights = self.model.state_dict()
         folder = ModelFolder({name: name for name in weights}, {n: tuple(w.shape) for n, w in weights.items()}, {})
-        self.checkpoints = Checkpoints(self.state, folder, tmp_path)
+        self.checkpoints = Checkpoints(self.state, folder, tmp_path, on_save_error=on_save_error)
         if first_step:
             at = tmp_path / f"checkpoint-{first_step}"
             load(self.state, folder, at, read_manifest(at))
@@ -68,7 +72,9 @@ class Run:
         self.settings = LoopSettings(tmp_path, 0.0, 0, max_grad_norm, first_step, **settings)
 
     def _batches(self, first_step, on_batch):
-        parts = enumerate(self.data.split(self.plan.micro_batch_size))
+        rank, micro = self.state.accelerator.process_index, self.plan.micro_batch_size
+        mine = [rows[rank :: self.plan.num_processes].split(micro) for rows in self.data.split(8)]
+        parts = enumerate(itertools.chain.from_iterable(mine))
         for number, part in itertools.islice(parts, first_step * self.plan.accumulation, None):
             on_batch(number)
             yield {"rows": part}
@@ -360,6 +366,23 @@ def test_an_evaluation_that_broke_off_is_made_up_for_once(tmp_path, at):
     for _ in range(2):  # the second time nothing is missing
         Run(folder, first_step=at).train(save_steps=2)
         assert metrics(folder) == metrics(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("on_save_error", "ends_at"), [("warn", 9), ("stop", 6)])
+def test_a_checkpoint_that_failed_is_heard_of_at_the_next_log_line(tmp_path, on_save_error, ends_at):
+    """That of step 5; the next checkpoint falls due at step 9, the next log line at step 6."""
+
+    def happens(number):
+        if number == 4:
+            (tmp_path / "checkpoint-5.tmp" / "model.safetensors").mkdir(parents=True)
+        while number == 5 and not run.checkpoints.failed:  # the thread may still be at it
+            time.sleep(0.001)
+
+    run = Run(tmp_path, steps=9, on_save_error=on_save_error, on_batch=happens)
+    ends = pytest.raises(UserError, match="checkpoint-5 could not be written") if ends_at < 9 else nullcontext()
+    with ends:
+        run.train(logging_steps=2, save_steps=5)
+    assert lines(tmp_path)[-1]["step"] == ends_at
 
 
 def test_a_stop_whose_checkpoint_cannot_be_written_does_not_claim_one(tmp_path):

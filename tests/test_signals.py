@@ -1,14 +1,13 @@
 """Signals, and processes that are lost: real processes, over gloo. tests/distributed/test_machines.py has the launchers."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from tests.runs import ROOT, python
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,6 @@ def stopped_at(end):
     return int(line.split("checkpoint-")[1].split(";")[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "number"), [("term", 15), ("usr1", 10), ("ahead", 15), ("behind", 15), ("two signals", None)]
 )
@@ -36,7 +34,6 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(scenario, number,
     assert stopped_at(main) < 4000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["over", "last"])
 def test_a_signal_at_the_end_is_the_ordinary_end(scenario, ends):
     """At the last step, and to a process when another one's loop is over: nobody waits for an answer."""
@@ -46,7 +43,6 @@ def test_a_signal_at_the_end_is_the_ordinary_end(scenario, ends):
 SILENT = "{} gave no sign of life for {} s: killed, stopped, or on a machine that is gone; the same command goes on from the newest checkpoint"  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "seconds"),
     [("killed", 1), ("stopped long", 4), ("hangs", 4)],
@@ -60,74 +56,51 @@ def test_the_line_names_the_process_that_is_gone(scenario, seconds, ends):
     assert other["status"] == (1 if scenario == "stopped long" else -9)
 
 
-@pytest.mark.slow
 def test_the_store_is_gone_with_the_main_process(ends):
     main, other = ends["main killed"]
     assert main["status"] == -9 and other["status"] == 1
     assert other["err"].startswith("[rank 1] error: the store of the process group is gone, with process 0 or")
 
 
-@pytest.mark.slow
 def test_a_process_that_ends_alone_says_why_on_the_others(ends):
     main, other = ends["words"]
     assert other == {"status": 1, "err": "[rank 1] error: --flag: is wrong\n"}
     assert main == {"status": 1, "err": "error: process 1 ended: --flag: is wrong\n"}
 
 
-@pytest.mark.slow
 def test_a_process_that_is_stopped_for_a_while_ends_nothing(ends):
     assert ends["stopped"] == [{"status": 0, "err": ""}] * 2
 
 
-@pytest.mark.slow
 def test_a_launcher_that_ends_a_hanging_process_gets_a_line(ends):
     main, _ = ends["hangs, terminated"]
     line = "error: process 1 did not answer for 3 s when the run was to stop for SIGTERM\n"
     assert main == {"status": 1, "err": line}
 
 
-ALONE = """
-import os, signal, sys, accelerate
-from vit_hf.errors import exit_with
-from vit_hf.training.signals import SignalGuard, StoppedBySignal
-def run():
-    guard = SignalGuard(accelerate.Accelerator(cpu=True), 10)
-    for step in range(1, 11):
-        if step == int(sys.argv[1]):
-            for number in sys.argv[2:]:
-                os.kill(os.getpid(), int(number))
-        if guard.stop_asked(step):
-            raise StoppedBySignal(guard.number, step)
-    guard.release()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-exit_with(run)
-"""
+@pytest.mark.parametrize(
+    ("scenario", "name"), [("alone, term", "SIGTERM"), ("alone, usr1", "SIGUSR1"), ("alone, int", "SIGINT")]
+)
+def test_one_process_stops_after_the_step_at_hand(scenario, name, ends):
+    (end,) = ends[scenario]
+    assert end["status"] == 128 + signal.Signals[name]
+    assert f"error: stopped by {name} after checkpoint-3; the same command goes on" in end["err"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_one_process_stops_after_the_step_at_hand(number):
-    done = python("-c", ALONE, 3, int(number))
-    assert done.returncode == 128 + number
-    assert f"error: stopped by {number.name} after checkpoint-3; the same command goes on" in done.stderr
+def test_one_process_at_its_last_step_goes_on(ends):
+    assert ends["alone, last"] == [{"status": 0, "err": ""}]
 
 
-def test_at_the_last_step_a_signal_changes_nothing():
-    assert python("-c", ALONE, 10, 15).returncode == 0
+def test_a_second_ctrl_c_stops_at_once(ends):
+    (end,) = ends["alone, int twice"]
+    assert end["status"] == 130 and "stopped by" not in end["err"]
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    done = python("-c", ALONE, 3, 2, 2)
-    assert done.returncode == 130 and "stopped by" not in done.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_workers_leave_the_signals_of_the_group_to_their_parent(number):
+def test_workers_leave_the_signals_of_the_group_to_their_parent():
     """A worker that dies of one would take along the batches that the last step still needs."""
     code = (
-        "import os, signal\nfrom vit_hf.data.workers import set_up_worker\n"
-        f"set_up_worker(0)\nos.kill(os.getpid(), {int(number)})\nprint('lives')"
+        "import os, signal\nfrom vit_hf.data.workers import set_up_worker\nset_up_worker(0)\n"
+        "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n    os.kill(os.getpid(), number)\nprint('lives')"
     )
-    worker = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    worker = python("-c", code)
     assert worker.stdout == "lives\n", worker.stderr

@@ -5,6 +5,7 @@ python tests/distributed/endings.py
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,6 +41,13 @@ SCENARIOS = {
     "stopped long": (1, True),
     "hangs": (1, False),
     "hangs, terminated": (1, False),
+}
+ALONE = {  # what comes to a process that is alone, and after which of ten steps
+    "alone, term": (3, [signal.SIGTERM]),
+    "alone, usr1": (3, [signal.SIGUSR1]),
+    "alone, int": (3, [signal.SIGINT]),
+    "alone, int twice": (3, [signal.SIGINT, signal.SIGINT]),
+    "alone, last": (10, [signal.SIGTERM]),
 }
 TIMEOUTS = {"stopped long": 4, "hangs": 4}
 
@@ -70,14 +79,14 @@ def step_alone(scenario, rank, step, folder):
         while True:
             one.recv(1)  # as in a collective of a device, which raises nothing
     if scenario in ("ahead", "behind", "hangs", "hangs, terminated"):
-        time.sleep(0.0005 if rank == 0 else 0.01)
+        time.sleep(0.0005 if rank == 0 else 0.002)
 
 
 def run(scenario, folder):
     timeout = TIMEOUTS.get(scenario, 60)
     accelerator = build_accelerator(ddp_timeout=timeout)
     rank, (struck, meets) = accelerator.process_index, SCENARIOS[scenario]
-    last = AT if scenario == "last" else 200 if scenario == "over" else STEPS
+    last = AT if scenario == "last" else 200 if scenario in ("over", "stopped") else STEPS
     with lost.lost_process(accelerator, timeout):
         model = torch.nn.Linear(4, 4)
         with warnings.catch_warnings(action="ignore"):
@@ -103,16 +112,31 @@ def run(scenario, folder):
         accelerator.wait_for_everyone()
 
 
+def run_alone(scenario):
+    at, numbers = ALONE[scenario]
+    accelerator = build_accelerator(ddp_timeout=60)
+    with lost.lost_process(accelerator, 60):
+        guard = signals.SignalGuard(accelerator, 10)
+        for step in range(1, 11):
+            for number in numbers if step == at else ():
+                os.kill(os.getpid(), number)
+            if guard.stop_asked(step):
+                raise signals.StoppedBySignal(guard.number, step)
+        guard.release()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def fork(scenario, rank, port, folder):
     process = os.fork()
     if process == 0:
         place = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": WORLD}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        if scenario not in ALONE:
+            os.environ.update({name: str(value) for name, value in place.items()})
         sys.stdout = open(folder / f"out_{rank}", "w", buffering=1)
         sys.stderr = open(folder / f"err_{rank}", "w", buffering=1)
         try:
-            exit_with(lambda: run(scenario, folder))
+            exit_with(lambda: run_alone(scenario) if scenario in ALONE else run(scenario, folder))
         except SystemExit as end:
             os._exit(end.code)
         except BaseException as error:
@@ -129,8 +153,9 @@ def ends_of(scenario):
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder, statuses = Path(name), {}
-        ranks = {fork(scenario, rank, port, folder): rank for rank in range(WORLD)}
-        while len(statuses) < WORLD:
+        world = 1 if scenario in ALONE else WORLD
+        ranks = {fork(scenario, rank, port, folder): rank for rank in range(world)}
+        while len(statuses) < world:
             process, status = os.waitpid(-1, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
                 statuses[ranks[process]] = os.waitstatus_to_exitcode(status)
@@ -143,9 +168,10 @@ def ends_of(scenario):
             else:
                 time.sleep(3)  # longer than any of the limits above but the time-out
                 os.kill(process, signal.SIGCONT)
-        return [{"status": statuses[rank], "err": (folder / f"err_{rank}").read_text()} for rank in range(WORLD)]
+        return [{"status": statuses[rank], "err": (folder / f"err_{rank}").read_text()} for rank in range(world)]
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or SCENARIOS
-    print(json.dumps({scenario: ends_of(scenario) for scenario in chosen}))
+    chosen = sys.argv[1:] or [*SCENARIOS, *ALONE]  # two at a time: most of them wait
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        print(json.dumps(dict(zip(chosen, pool.map(ends_of, chosen), strict=True))))

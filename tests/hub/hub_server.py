@@ -142,6 +142,7 @@ class HubServer:
         self.lfs_objects: dict[str, bytes] = {}
         self._announced_lfs: set[str] = set()
         self._failure, self._fail_everything = None, False
+        self.before_commit = lambda: None  # a test may put something here that has to come first
         self._lock = threading.RLock()
 
     def __enter__(self):
@@ -328,6 +329,7 @@ class HubServer:
 
     def _commit(self, call: Request, repo: Repo, revision: str, _):
         """Apply a commit: lines of JSON, first a header, then one operation each."""
+        self.before_commit()
         header, *operations = [json.loads(line) for line in call.body.splitlines()]
         header = header["value"]
         self.messages.append(f"{header['summary']}\n{header.get('description', '')}")

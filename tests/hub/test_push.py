@@ -2,6 +2,13 @@
 
 import io
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.hub.hub_server import HubServer
-from tests.runs import DEMO_DEFAULTS, ROOT, python, words
+from tests.runs import DEMO_DEFAULTS, ROOT, launch, python, scripts_of, words
 
 pytestmark = pytest.mark.slow
 TOKEN = "hf_secret_token_of_the_test"
@@ -94,13 +101,52 @@ def test_a_refused_token_warns_at_the_start_and_ends_with_the_command_to_repeat(
 @pytest.mark.parametrize(
     ("mode", "said"), [("forbidden", "403"), ("drop", "RemoteProtocolError|ConnectError|Disconnect")]
 )
-def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(hub, tmp_path, mode, said):
+def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(mode, said, hub, tmp_path):
+    """Both ways that the line names bring the folder to the Hub later, and no path of this machine goes along. The card
+    tells that the weights are an average."""
     hub.fail_commits(mode)
-    result = script(hub, tmp_path, "pretrain", output_dir=tmp_path / "tiny-vit", **FAST)
+    folder, flags = tmp_path / "tiny-vit", {**FAST, "ema_decay": 0.5}
+    result = script(hub, tmp_path, "pretrain", output_dir=folder, **flags)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 1 and len(errors) == 1 and "Traceback" not in result.stderr
-    assert any(word in errors[0] for word in said.split("|")) and "hf upload tester/tiny-vit" in errors[0], errors
-    assert (tmp_path / "tiny-vit/model.safetensors").exists()
+    assert any(word in errors[0] for word in said.split("|")), errors
+    command = re.search(r"hf auth login && (hf upload tester/tiny-vit .*)", errors[0])[1]
+    assert (folder / "model.safetensors").exists()
+    hub.fail_commits(None)
+    if mode == "forbidden":
+        again = script(hub, tmp_path, "pretrain", output_dir=folder, **flags)
+        assert again.returncode == 0 and "nothing to do" in again.stdout and "pushed to" in again.stdout, again.stderr
+    else:
+        environment = {**os.environ, **hub.env(token=TOKEN, home=tmp_path / "home")}
+        hf = [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]]
+        done = subprocess.run(hf, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    files = hub.files("model", "tester/tiny-vit")
+    assert {"config.json", "model.safetensors", "README.md", "metrics.jsonl"} < set(files)
+    assert ("run_config.yaml" in files) is (mode == "forbidden")
+    assert not any(name.startswith("checkpoint") or "events" in name for name in files)
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    card = files["README.md"].decode()
+    assert (
+        "exponential moving average" in card and "`ema_decay: 0.5`" in card and "those of the last step;" not in card
+    )
+
+
+def test_the_other_processes_end_before_the_upload(hub, tmp_path):
+    """The Hub takes the commit only when the other process has ended: who waits for the upload waits for ever."""
+
+    def wait():
+        deadline = time.monotonic() + 20
+        while 1 in scripts_of(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ended.append(1 not in scripts_of(folder))
+
+    folder, ended = tmp_path / "tiny-vit", []
+    hub.before_commit = wait
+    flags = {**FAST, "output_dir": folder}
+    result = launch("pretrain", "cpu_2proc", env=hub.env(token=TOKEN, home=tmp_path / "home"), **flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert ended == [True] and "pushed to" in result.stdout
 
 
 def picture(grey, side=32):

@@ -58,7 +58,7 @@ def write_card(
         f"{results['eval_samples']} | {results['eval_accuracy']:.4f} | {results['eval_accuracy_top5']:.4f} | "
         f"{results['eval_loss']:.4f} |",
         "",
-        "The weights are those of the last step; nothing was selected on this split.",
+        _weights(run.get("ema_decay")),
         "",
     ]
     lines += ["![learning curves](learning_curves.png)", ""]
@@ -87,6 +87,16 @@ def write_card(
     lines += [f"{key}: {value}" for key, value in run.items()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in resolved["versions"].items()) + ".", ""]
     (output_dir / "README.md").write_text("\n".join(lines))
+
+
+def _weights(ema_decay: float | None) -> str:
+    """Which weights these are, and that the numbers are theirs."""
+    if not ema_decay:
+        return "The weights are those of the last step; nothing was selected on this split."
+    return (
+        "The weights are not those of the last step but the exponential moving average of the weights after each step "
+        f"(`ema_decay: {ema_decay}`), and the numbers above are the average's; nothing was selected on this split."
+    )
 
 
 def _size(image_size: int | list[int]) -> str:

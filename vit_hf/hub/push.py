@@ -14,10 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from vit_hf.arguments import without_paths
 from vit_hf.errors import UserError
 
+RUN_CONFIG = "run_config.yaml"
 # A list of what may go, so that nothing else in the folder ever does.
 UPLOADED = [
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
-    "README.md", "run_config.yaml", "metrics.jsonl", "all_results.json", "learning_curves.png", "*.py",
+    "README.md", RUN_CONFIG, "metrics.jsonl", "all_results.json", "learning_curves.png", "*.py",
 ]  # fmt: skip
 
 
@@ -98,12 +99,14 @@ def push(output_dir: Path, name: str, private: bool) -> str:
         )
         return str(commit.repo_url)
     except Exception as error:  # every fault of network and Hub ends alike: the folder stays, the user can repeat it
-        names = (path.relative_to(output_dir).as_posix() for path in files)
+        # not run_config.yaml: the folder's own has the paths of this machine
+        names = (path.relative_to(output_dir).as_posix() for path in files if path.name != RUN_CONFIG)
         options = " ".join(f"--include {shlex.quote(name)}" for name in names)
         options += " --private" if private else ""
         raise UserError(
-            f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; upload it later with: "
-            f"hf auth login && hf upload {name} {shlex.quote(str(output_dir))} . {options}"
+            f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; the same command uploads "
+            f"it and trains nothing; so does this, but for {RUN_CONFIG}, which holds local paths: hf auth login && "
+            f"hf upload {name} {shlex.quote(str(output_dir))} . {options}"
         ) from None
 
 
@@ -113,7 +116,7 @@ def _goes_up(name: str) -> bool:
 
 def _content(path: Path) -> Path | bytes:
     """A file as it is uploaded: run_config.yaml without the paths of this machine."""
-    if path.name != "run_config.yaml":
+    if path.name != RUN_CONFIG:
         return path
     flags = without_paths(yaml.safe_load(path.read_text()))
     return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True).encode()

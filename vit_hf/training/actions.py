@@ -66,6 +66,7 @@ class Moment:
     settings: LoopSettings
     tracker: Tracker
     watch: NonFinite
+    actions: Sequence["Action"]
     step: int
     logged_step: int
     learning_rate: float = 0.0
@@ -122,6 +123,13 @@ class Action:
         """
         return False
 
+    def alarm(self) -> bool:
+        """Whether this process knows of something that all processes shall hear of at the next log line."""
+        return False
+
+    def heard(self) -> None:
+        """On all processes, after a log line at which one or more had an alarm."""
+
     def finish(self, moment: Moment) -> None:
         """After the last step, or when a signal ends the run: waits for what is under way."""
 
@@ -151,11 +159,13 @@ class Log(Action):
     def run(self, moment: Moment) -> None:
         """
         Raises:
-            UserError: loss, gradients or weights are not finite.
+            UserError: loss, gradients or weights are not finite; a checkpoint failed, and that is to end the run.
         """
         accelerator, steps = moment.state.accelerator, moment.step - moment.logged_step
-        rows = accelerator.gather(moment.watch.numbers()[None]).tolist()  # the one collective and the one host sync
-        window = moment.watch.look(rows)
+        alarm = torch.tensor([float(any(action.alarm() for action in moment.actions))], device=accelerator.device)
+        numbers = torch.cat([moment.watch.numbers(), alarm])
+        rows = accelerator.gather(numbers[None]).tolist()  # the one collective and the one host sync
+        window = moment.watch.look([row[:-1] for row in rows])
         speed = moment.tracker.window(steps * moment.plan.global_batch_size)
         if self.mfu_scale is not None:
             speed["mfu"] = speed["images_per_second"] * self.mfu_scale
@@ -176,6 +186,9 @@ class Log(Action):
         moment.tracker.write(line)
         moment.notes.clear()
         moment.logged_step = moment.step
+        if any(row[-1] for row in rows):
+            for action in moment.actions:
+                action.heard()
 
 
 class Save(Action):
@@ -196,6 +209,12 @@ class Save(Action):
         record = {**self.record, "wall_time_seconds": moment.wall_time_seconds()}
         with moment.tracker.pause():
             moment.notes["save_stall_seconds"] = round(self.checkpoints.save(moment.step, record), 3)
+
+    def alarm(self) -> bool:
+        return self.checkpoints.failed
+
+    def heard(self) -> None:
+        self.checkpoints.wait()  # raises with --on_save_error stop
 
     def finish(self, moment: Moment) -> None:
         moment.not_saved = self.checkpoints.wait()

@@ -43,7 +43,7 @@ def train(
 
     Raises:
         StoppedBySignal: a signal came; the checkpoint is written.
-        UserError: the loss, the gradients or the weights are not finite, or the device is full.
+        UserError: the loss, the gradients or the weights are not finite, a checkpoint failed and that is to end the run, or the device is full.
     """
     accelerator, engine, optimizer = state.accelerator, state.engine, state.optimizer
     rank, first_step = accelerator.process_index, settings.first_step
@@ -57,7 +57,7 @@ def train(
         learning_rate=schedule.learning_rate,
         spike_threshold=settings.spike_threshold,
     )
-    moment = Moment(state, plan, schedule, settings, tracker, watch, first_step, logged_step=first_step)
+    moment = Moment(state, plan, schedule, settings, tracker, watch, actions, first_step, first_step)
     guard = SignalGuard(accelerator, schedule.total_steps)
     engine.train()
     try:
