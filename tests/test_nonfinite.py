@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
+from tests.runs import lines
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import build_accelerator
 from vit_hf.training.nonfinite import FOLD, LONGEST_ROW, NonFinite
@@ -250,3 +251,41 @@ def test_a_spike_is_an_event_of_the_run(tmp_path):
     run.train(batches(1))
     (event,) = run.events()
     assert event["event"] == "loss_spike" and event["step"] == LEAST_HISTORY + 7
+
+
+def test_a_run_that_broke_leaves_no_checkpoint_and_is_mended_by_the_command_that_it_names(run, tmp_path):
+    """--learning_rate 1e39: step 1's loss and gradients are finite, its update is not."""
+    flags = dict(save_steps=1, save_total_limit=9)
+    with pytest.raises(UserError, match="the weights are not finite after the steps 1 to 1; start again with"):
+        run("pretrain", learning_rate=1e39, **flags)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+    whole = run("pretrain", output_dir=tmp_path / "whole", **flags)
+    broken = dict(change="learning_rate", resume_from_checkpoint=whole / "checkpoint-2")
+    with pytest.raises(UserError) as caught:
+        run("pretrain", output_dir=whole, learning_rate=1e39, **broken, **flags)
+    mend = str(caught.value).split("go on with ")[1].split(";")[0].split()
+    words = dict(zip(mend[::2], mend[1::2], strict=True))
+    assert words.pop("--learning_rate") == "3.3e+38"  # a third; here that does not do
+    assert words == {"--change": "learning_rate", "--resume_from_checkpoint": str(whole / "checkpoint-2")}
+    run(
+        "pretrain", output_dir=whole, learning_rate=1e-4, **{name[2:]: value for name, value in words.items()}, **flags
+    )
+    assert (whole / "checkpoint-6").exists() and lines(whole)[-1]["step"] == 6
+
+
+def test_the_log_line_counts_the_steps_left_out(run, monkeypatch):
+    from vit_hf.training import partition
+
+    real, steps = partition.Whole.clip, []
+
+    def breaks(self, max_grad_norm):
+        steps.append(1)
+        norm = real(self, max_grad_norm)
+        return norm * NAN if len(steps) in (2, 3) else norm
+
+    monkeypatch.setattr(partition.Whole, "clip", breaks)
+    folder = run("pretrain", on_nonfinite="skip", logging_steps=2, ema_decay=0.9)
+    assert [line["skipped_steps"] for line in lines(folder)] == [1, 1, 0]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "steps_left_out"] == [2, 3]

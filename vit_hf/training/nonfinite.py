@@ -304,8 +304,7 @@ class NonFinite:
     def _weights_finite(self) -> Tensor:
         finite = self._state.partition.finite()
         if self._buffers:  # a step that broke in the forward pass is in BatchNorm's statistics
-            largest = torch.stack(torch._foreach_norm(self._buffers, float("inf")))
-            finite = finite * largest.isfinite().all().to(finite.device)
+            finite = finite * torch.stack(torch._foreach_norm(self._buffers)).isfinite().all().to(finite.device)
         return finite
 
     def _look_at_engine(self) -> None:
