@@ -308,6 +308,7 @@ def test_one_of_two_processes_draws_and_the_course_is_the_same(tmp_path, config,
 
 def test_zero_3_is_refused_in_one_line(monkeypatch, tmp_path):
     import vit_hf.runner
+
     from vit_hf.arguments import RunArguments, parse
 
     args = parse(RunArguments, words(dict(output_dir=tmp_path, log_figures_steps=5)), prog="run")
