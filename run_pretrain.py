@@ -57,8 +57,9 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
         model = models.make_model(splits.class_names, which, keep_head=True)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
     sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
-    inputs = pick(data.PreprocessingSettings, args)
-    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, inputs)
+    preprocessing = data.choose_preprocessing(
+        model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args)
+    )
 
     batch_settings = pick(training.BatchSettings, args)
     plan = training.fit_batches(accelerator, model, cross_entropy, preprocessing.image_size, batch_settings)
@@ -104,8 +105,8 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
         training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
     ]
     if args.log_figures_steps:
-        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, folder.path / "figures",
-                                      draws=accelerator.is_main_process)  # fmt: skip
+        figures, draws = folder.path / "figures", accelerator.is_main_process
+        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, figures, draws=draws)
         actions.append(training.Draw(schedule.cadence(args.log_figures_steps), draw))
 
     settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,
