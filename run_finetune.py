@@ -66,9 +66,8 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
         model = models.make_model(splits.class_names, which)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
     sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
-    preprocessing = data.choose_preprocessing(
-        model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args)
-    )
+    inputs = pick(data.PreprocessingSettings, args)
+    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, inputs)
 
     batch_settings = pick(training.BatchSettings, args)
     plan = training.fit_batches(accelerator, model, cross_entropy, preprocessing.image_size, batch_settings)
