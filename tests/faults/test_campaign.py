@@ -109,31 +109,25 @@ def newest(folder):
 
 
 def unfinished(folder):
-    """Saves under way, or left by a kill, each a thing of its own."""
-    found = set()
-    for path in folder.glob("checkpoint-*.tmp"):
-        try:
-            found.add((path.name, path.stat().st_ino, path.stat().st_ctime_ns))
-        except FileNotFoundError:  # renamed meanwhile
-            pass
-    return found
+    """Names of saves under way, or left by a kill."""
+    return {path.name for path in folder.glob("checkpoint-*.tmp")}
 
 
-def kill_once(processes, folder, log, rng, inside, left):
+def kill_once(processes, folder, log, rng, inside):
     """Kills one process at a moment that `rng` chooses.
 
     Args:
         inside: in a save; else at any moment after some steps.
-        left: `unfinished` before this start.
 
     Returns:
         Whether a save was under way.
     """
+    watch(processes, log, lambda: not unfinished(folder))  # a start removes what a kill left
     if inside:  # as soon as a save is seen, or within the time that a small one takes
         delay, skipped = rng.choice([0, 0, 0.001, 0.002, 0.005, 0.01]), rng.randrange(2)
         for _ in range(skipped):  # the first save of this start goes through
             watch(processes, log, lambda before=newest(folder): newest(folder) > before)
-        watch(processes, log, lambda: unfinished(folder) - left)
+        watch(processes, log, lambda: unfinished(folder))
     else:
         delay, steps, fewest = rng.uniform(0, 0.05), rng.randrange(1, 10), [steps_in(folder)]
 
@@ -146,7 +140,7 @@ def kill_once(processes, folder, log, rng, inside, left):
     while time.perf_counter() < end:
         pass
     os.kill(rng.choice(processes), signal.SIGKILL)
-    return bool(unfinished(folder) - left)
+    return bool(unfinished(folder))
 
 
 def complete(nursery, folder, log, number, environment, flags, stopped_for=0.0):
@@ -174,9 +168,9 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_the_one_that_was_
     hit = starts = 0
     for turn, in_save in enumerate(inside):
         log.unlink(missing_ok=True)
-        before, left = newest(folder), unfinished(folder)
+        before = newest(folder)
         processes = nursery.start(folder, log, number, environment, flags)
-        hit += kill_once(processes, folder, log, rng, in_save, left)
+        hit += kill_once(processes, folder, log, rng, in_save)
         statuses = [nursery.wait(process) for process in processes]  # the others end by themselves
         assert statuses.count(-signal.SIGKILL) == 1 and 0 not in statuses and None not in statuses, (turn, statuses)
         assert newest(folder) >= before, "a checkpoint was lost"
