@@ -156,7 +156,9 @@ def prune(output_dir: Path, total_limit: int) -> None:
     """Removes all whole checkpoints but the newest; folders of others stay. Raises OSError."""
     ours = [path for path in checkpoints(output_dir) if (path / "manifest.json").exists()]
     for old in sorted(ours, key=_step)[:-total_limit]:
-        shutil.rmtree(old)
+        unfinished = old.with_name(f"{old.name}.tmp")  # a kill in the middle leaves nothing that looks like a checkpoint
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(old.rename(unfinished))
 
 
 def _step(folder: Path) -> int:
