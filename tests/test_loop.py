@@ -314,7 +314,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, optim, learning_r
     run = Run(tmp_path, optim=optim, learning_rate=learning_rate, steps=8)
     with pytest.raises(UserError, match="not finite"):
         run.train(save_steps=1)
-    assert not all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert not all((parameter.abs() < 1e18).all() for parameter in run.model.parameters())
     assert learning_rate < 1e30 or checkpoints_in(tmp_path) == []
     for name in checkpoints_in(tmp_path):
         assert all(weight.isfinite().all() for weight in load_file(tmp_path / name / "model.safetensors").values())

@@ -112,7 +112,8 @@ def test_a_hundred_malformed_manifests(folder):
         path.write_bytes(mutated(text, random.Random(seed)))
         found = read_manifest(path.parent)
         assert {name for name in found if found[name] != whole.get(name)} - {"sha256"} <= {
-            "wall_time_seconds", "optimizer_steps", "scaler", "partition", "x", "", "partition ", "PARTITION",
+            "wall_time_seconds", "optimizer_steps", "scaler", "partition", "total_steps", "changed", "x", "",
+            "partition ", "PARTITION", "total_steps ", "TOTAL_STEPS", "changed ", "CHANGED",
         }, seed  # fmt: skip
 
 

@@ -61,15 +61,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BrokenCheckpoint(f"manifest.json holds {_short(manifest)} instead of an object")
     _check_format(manifest)
     for name, (is_right, what) in FIELDS.items():
+        if name in OPTIONAL and name not in manifest:
+            continue
         if name not in manifest or not is_right(manifest[name]):
             found = f"is {_short(manifest[name])}" if name in manifest else "is missing"
             raise BrokenCheckpoint(f"manifest.json: {name} {found}, it should be {what}")
     match = NAME.fullmatch(folder.name)
     if match and int(match[1]) != manifest["step"]:
         raise BrokenCheckpoint(f"manifest.json: step is {manifest['step']}, and the folder is {folder.name}")
-    _check_files(folder, manifest["files"])
+    _check_list(manifest["files"])
     if seal(manifest) != manifest:
         raise BrokenCheckpoint("manifest.json was changed: its own SHA-256 differs")
+    _check_files(folder, manifest["files"])
     return manifest
 
 
@@ -156,7 +159,9 @@ def prune(output_dir: Path, total_limit: int) -> None:
     """Removes all whole checkpoints but the newest; folders of others stay. Raises OSError."""
     ours = [path for path in checkpoints(output_dir) if (path / "manifest.json").exists()]
     for old in sorted(ours, key=_step)[:-total_limit]:
-        unfinished = old.with_name(f"{old.name}.tmp")  # a kill in the middle leaves nothing that looks like a checkpoint
+        unfinished = old.with_name(
+            f"{old.name}.tmp"
+        )  # a kill in the middle leaves nothing that looks like a checkpoint
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(old.rename(unfinished))
 
@@ -193,6 +198,12 @@ def _is_scaler(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(type(v) is bool or _is_number(v) for v in value.values()))
 
 
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and _is_count(one.get("step")) and isinstance(one.get("flags"), dict) for one in value
+    )
+
+
 # name -> (what its value has to be, in words)
 FIELDS = {
     "step": (_is_count, "a whole number, 0 or more"),
@@ -203,7 +214,10 @@ FIELDS = {
     "scaler": (_is_scaler, "null or an object of numbers"),
     "versions": (lambda value: isinstance(value, dict), "an object"),
     "files": (lambda value: isinstance(value, dict) and len(value) > 0, "an object with the files"),
+    "total_steps": (_is_count, "a whole number, 0 or more"),
+    "changed": (_is_history, "a list of what was changed, with step and flags"),
 }
+OPTIONAL = ("total_steps", "changed")
 
 
 def _check_format(manifest: dict[str, Any]) -> None:
@@ -227,8 +241,8 @@ def _check_format(manifest: dict[str, Any]) -> None:
     raise BrokenCheckpoint(f"manifest.json: format {was}, it should be {FORMAT}")
 
 
-def _check_files(folder: Path, files: dict[str, Any]) -> None:
-    """Raises BrokenCheckpoint where the list does not make a checkpoint, or the disk holds something else."""
+def _check_list(files: dict[str, Any]) -> None:
+    """Raises BrokenCheckpoint where the list of files does not make a checkpoint."""
     for name, description in files.items():
         path = PurePosixPath(name)
         inside = name and name.isprintable() and not path.is_absolute() and ".." not in path.parts
@@ -246,6 +260,10 @@ def _check_files(folder: Path, files: dict[str, Any]) -> None:
     if missing or len(shards) != len(expected):
         raise BrokenCheckpoint(f"manifest.json: files lists no {missing[0]}" if missing else
                                "manifest.json: files lists the training state of two checkpoints")  # fmt: skip
+
+
+def _check_files(folder: Path, files: dict[str, Any]) -> None:
+    """Raises BrokenCheckpoint where the disk holds something else than the list."""
     for name, expected_description in files.items():
         try:
             if not (folder / name).is_file():

@@ -128,14 +128,12 @@ class Partition:
         return total
 
     def finite(self) -> Tensor:
-        """1.0 where all masters of this process are finite, else 0.0: a scalar fp32 on the device, without a host sync.
-        Processes hold different shares: reduce it (the mean or the least over all)."""
+        """1.0 where all masters of this process are finite, and their squares too (below 1.8e19), else 0.0: a scalar fp32
+        on the device, without a host sync. Processes hold different shares: reduce it (the mean or the least over all)."""
         masters = self.masters()
         if not masters:
             return torch.ones((), device=self._accelerator.device)
-        norms = torch._foreach_norm(
-            masters
-        )  # ten times as fast as their largest on a CPU; too large to square is broken too
+        norms = torch._foreach_norm(masters)  # ten times as fast as their largest on a CPU
         return torch.stack(norms).isfinite().all().float().to(self._accelerator.device)
 
     def steps_left_out(self) -> int:
