@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import datasets
@@ -407,15 +407,15 @@ def test_a_bad_image_stops_the_other_processes_too(tmp_path, monkeypatch):
     splits, data = load_image_splits(folder), first.read_bytes()
     first.unlink()
     os.mkfifo(first)
-    shutdown = ProcessPoolExecutor.shutdown
+    join = SpawnProcess.join
 
-    def let_the_first_shard_go_on(*args, **kwargs):
+    def let_the_first_shard_go_on(worker):
         if first.is_fifo():
             first.write_bytes(data)
             first.unlink()
-        shutdown(*args, **kwargs)
+        join(worker)
 
-    monkeypatch.setattr(ProcessPoolExecutor, "shutdown", let_the_first_shard_go_on)
+    monkeypatch.setattr(SpawnProcess, "join", let_the_first_shard_go_on)
     with pytest.raises(UserError, match="train split, row 5"):
         prepare(splits, tmp_path / "copy", source={"dataset_name": folder}, rows_per_shard=4, num_processes=2)
     assert set(files_of(tmp_path / "copy")) <= {"prepare.json", "data/test-00000-of-00001.parquet"}
@@ -503,6 +503,21 @@ def test_a_killed_worker_is_one_line(tmp_path):
     message = refusal(folder, tmp_path / "copy", num_processes=2)
     killer.join()
     assert message.startswith("a worker process was killed") and not list((tmp_path / "copy").rglob("*.tmp"))
+
+
+def test_a_worker_that_is_killed_while_another_starts_is_one_line(tmp_path, monkeypatch):
+    folder, workers, start = plain_folder(tmp_path / "set", 10, 1), [], SpawnProcess.start
+
+    def start_after_the_death_of_the_first(worker):
+        if workers:
+            workers[0].kill()
+            time.sleep(1)  # for a thread that looks after the workers, if there is one
+        start(worker)
+        workers.append(worker)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_after_the_death_of_the_first)
+    assert refusal(folder, tmp_path / "copy", num_processes=2).startswith("a worker process was killed")
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0]
 
 
 def test_digests_in_the_checksums_are_those_of_the_files(mixed):
