@@ -113,8 +113,8 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
         training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
     ]
     if args.log_figures_steps:
-        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, folder.path / "figures",
-                                      draws=accelerator.is_main_process)  # fmt: skip
+        figures, draws = folder.path / "figures", accelerator.is_main_process
+        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, figures, draws=draws)
         actions.append(training.Draw(schedule.cadence(args.log_figures_steps), draw))
 
     settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,

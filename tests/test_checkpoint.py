@@ -21,7 +21,7 @@ from vit_hf.training.checkpoint import Checkpoints, load
 from vit_hf.training.ema import EMA
 from vit_hf.training.files import write_tensors
 from vit_hf.training.manifest import BrokenCheckpoint, find, move_aside, read_manifest
-from vit_hf.training.model_folder import ModelFolder, model_folder
+from vit_hf.training.model_folder import ModelFolder, files_of
 from vit_hf.training.partition import Whole
 from vit_hf.training.state import TrainState
 
@@ -427,7 +427,7 @@ def test_every_familys_checkpoint_is_the_folder_that_its_save_pretrained_writes(
             for tensor in filter(torch.is_floating_point, model.state_dict().values()):
                 tensor.add_(torch.rand_like(tensor) * 0.1)
         accelerator = accelerate.Accelerator(cpu=True)
-        form = model_folder(accelerator, model, processor)
+        form = files_of(accelerator, model, processor)
         engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
         partition = Whole(accelerator, model, optimizer)
         return TrainState(accelerator, model, engine, optimizer, partition), form
@@ -474,3 +474,17 @@ def test_a_checkpoint_is_evaluated_and_fine_tuned_as_any_model_folder(run, tmp_p
     exported = load_file(folder / "model.safetensors")
     assert same(first, exported)  # the last step's checkpoint is the export
     assert lines(tmp_path / "tuned")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["../outside", "/absolute", "./config.json", "a\\..\\b", "a/../../outside"])
+def test_a_manifest_names_no_file_outside_its_folder(state, tmp_path, name):
+    """Even one that is there, with the right size and checksum."""
+    save(checkpoints_of(state, tmp_path), 1)
+    folder, outside = tmp_path / "checkpoint-1", tmp_path / "outside"
+    outside.write_text("secret")
+    name = str(outside) if name == "/absolute" else name
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"][name] = files.describe(outside)
+    (folder / "manifest.json").write_text(json.dumps(manifest.seal(content)))
+    with pytest.raises(BrokenCheckpoint, match="is no name of a file in the folder"):
+        read_manifest(folder)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.families import FAMILIES, VIT
-from tests.runs import launch, python, trajectory, words
+from tests.runs import launch, python, trajectory
 from tests.test_convert import google_arrays, timm_folder, timm_tensors
 from vit_hf.analysis import figures
 from vit_hf.analysis.document import Picture
@@ -306,12 +306,11 @@ def test_one_of_two_processes_draws_and_the_course_is_the_same(tmp_path, config,
     assert trajectory(tmp_path / "plain") == trajectory(tmp_path / "watched")
 
 
-def test_zero_3_is_refused_in_one_line(monkeypatch, tmp_path):
-    import vit_hf.runner
-    from vit_hf.arguments import RunArguments, parse
+def test_zero_3_is_refused_in_one_line(monkeypatch):
+    from vit_hf.training import accelerator
 
-    args = parse(RunArguments, words(dict(output_dir=tmp_path, log_figures_steps=5)), prog="run")
-    monkeypatch.setattr(vit_hf.runner, "start", lambda args: None)
-    monkeypatch.setattr(vit_hf.runner, "zero_stage", lambda accelerator: 3)
+    monkeypatch.setattr(accelerator, "zero_stage", lambda launched: 3)
+    here = accelerator.build_accelerator(60)
     with pytest.raises(UserError, match="--log_figures_steps does not work with DeepSpeed ZeRO stage 3"):
-        vit_hf.runner.run(args, None)
+        accelerator.check_drawing(here, 5)
+    accelerator.check_drawing(here, None)

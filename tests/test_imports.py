@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,13 +114,13 @@ def test_no_function_of_a_room_takes_all_flags():
 
 @pytest.mark.parametrize("script", ["run_pretrain.py", "run_finetune.py"])
 def test_a_script_reads_as_a_page(script):
-    """No function of it is longer than one can see at once, and none but the first is called back."""
+    """About sixty lines, without a function to be called back: `main` and the course of the run."""
     tree = ast.parse((ROOT / script).read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     comments = [line.strip().startswith("#") or not line.strip() for line in (ROOT / script).read_text().splitlines()]
     for node in functions:
         lines = node.end_lineno - node.lineno + 1 - sum(comments[node.lineno - 1 : node.end_lineno])
-        assert lines <= 65, f"{node.name}: {lines} lines"
+        assert lines <= 68, f"{node.name}: {lines} lines"
     assert [node.name for node in functions][0] == "main" and len(functions) == 2
 
 
@@ -137,6 +138,14 @@ for folder in ("analysis", "data", "evaluation", "hub", "training"):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_the_architecture_names_files_that_are_there():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for name in sorted(set(re.findall(r"`(\w+/[\w/]+\.py)`", text)) - {"tests/test_imports.py"}):
+        assert (ROOT / "vit_hf" / name).exists(), name
+    for path in sorted((ROOT / "vit_hf/training").glob("[a-z]*.py")):
+        assert f"`{path.name}`" in text or f"training/{path.name}`" in text, path.name
 
 
 def test_models_import_nothing_else_of_the_package_and_relatively():

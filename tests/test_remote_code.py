@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from tests.families import FAMILIES
 from tests.hub.hub_server import HubServer
 from tests.runs import python
 from vit_hf.data.preprocessing import Preprocessing
-from vit_hf.hub.export import full_fp32_state_dict, save_model
 from vit_hf.models.presets import from_preset
+from vit_hf.training.model_folder import files_of
 
 pytestmark = pytest.mark.slow
 TOKEN = "hf_token_of_the_test"
@@ -55,7 +56,9 @@ def test_every_family_is_pushed_and_loads_by_id_without_the_package(tmp_path):
             with torch.no_grad():
                 for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if "running" in n)]:
                     tensor.add_(torch.rand(tensor.shape) * 0.1)
-            save_model(model, full_fp32_state_dict(model, 0), processor, tmp_path / family)
+            files = files_of(Accelerator(cpu=True), model, processor)
+            (tmp_path / family).mkdir()
+            files.write(tmp_path / family, model.state_dict())
         environment = hub.env(token=TOKEN, home=tmp_path / "home")
         pushed = python("-c", "\n".join((
             "import sys, pathlib", "from vit_hf.hub.push import push",

@@ -74,7 +74,7 @@ def test_a_process_that_is_stopped_for_a_while_ends_nothing(ends):
 
 def test_a_launcher_that_ends_a_hanging_process_gets_a_line(ends):
     main, _ = ends["hangs, terminated"]
-    line = "error: process 1 did not answer for 3 s when the run was to stop for SIGTERM\n"
+    line = "error: process 1 did not answer for 5 s when the run was to stop for SIGTERM\n"
     assert main == {"status": 1, "err": line}
 
 

@@ -99,6 +99,12 @@ def test_a_record_that_cannot_be_read_begins_a_new_tracker_run(tmp_path, content
     assert (tmp_path / "runs" / "anew").is_dir() and not down(tmp_path)
 
 
+def test_a_record_that_cannot_be_written_ends_no_run(tmp_path, capfd):
+    (tmp_path / "trackers.json.tmp").mkdir()
+    course(opened(tmp_path, "tensorboard", run_name="anew"), [1])
+    assert "trackers.json cannot be written" in capfd.readouterr().err and (tmp_path / "runs" / "anew").is_dir()
+
+
 def test_wandb_goes_on_by_its_id():
     """What accelerate hands to wandb.init; the packages themselves need not be here."""
     project, options, own = _run_of("wandb", "my run", {}, 0)

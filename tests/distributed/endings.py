@@ -23,7 +23,7 @@ from vit_hf.training import lost, signals
 from vit_hf.training.accelerator import build_accelerator
 
 lost.BEAT_SECONDS, lost.LOOK_SECONDS, lost.LEAVE_SECONDS = 0.2, 1.0, 1.0
-signals.ANSWER_SECONDS, signals.LEAVE_SECONDS, signals.POLL_SECONDS = 3.0, 1.0, 0.05
+signals.ANSWER_SECONDS, signals.LEAVE_SECONDS, signals.POLL_SECONDS = 5.0, 1.0, 0.05
 WORLD, STEPS, AT = 2, 4000, 30
 # {name: (rank of the process to which something happens, whether the processes meet in each step)}
 SCENARIOS = {
@@ -73,6 +73,8 @@ def step_alone(scenario, rank, step, folder):
         while not (folder / "over").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
+    if scenario == "over" and rank == 0 and step > AT:
+        time.sleep(0.005)  # so that the loop looks while the others would have to answer
     if scenario.startswith("hangs") and rank == 0 and step == AT:
         (folder / "hangs").write_text(str(os.getpid()))
         one, _other = socket.socketpair()

@@ -23,7 +23,7 @@ from vit_hf.training import checkpoint, manifest, shared_folder
 from vit_hf.training.accelerator import build_accelerator, end
 from vit_hf.training.checkpoint import Checkpoints, load
 from vit_hf.training.manifest import find_together
-from vit_hf.training.model_folder import model_folder
+from vit_hf.training.model_folder import files_of
 from vit_hf.training.optimizer import OptimizerSettings
 from vit_hf.training.schedule import plan_batches
 from vit_hf.training.state import prepare
@@ -40,7 +40,7 @@ def start(precision="no", seed=0):
     torch.manual_seed(seed)
     preset, changes = FAMILIES["conv"]
     model = from_preset(preset, ["a", "b", "c"], changes)
-    form = model_folder(accelerator, model, Preprocessing(image_size=(32, 32)).image_processor())
+    form = files_of(accelerator, model, Preprocessing(image_size=(32, 32)).image_processor())
     plan = plan_batches(4 * accelerator.num_processes, accelerator.num_processes, 4)
     return prepare(accelerator, model, plan, optimizer=ADAMW, max_grad_norm=1.0, ema_decay=0.5), form
 

@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from vit_hf import parts
+from vit_hf.data.sets import load as sets
 from vit_hf.training import waiting
 
 FOLDER, RANK = Path(sys.argv.pop(1)), os.environ["RANK"]
 waiting.LINE_SECONDS = 11.0
-load = parts.load_image_splits
+load = sets.load_image_splits
 
 
 def say(line, **_):
@@ -31,5 +31,5 @@ def slow_load(*args, **options):
     return load(*args, **options)
 
 
-waiting.print, parts.load_image_splits = say, slow_load
+waiting.print, sets.load_image_splits = say, slow_load
 runpy.run_path(str(Path(__file__).resolve().parents[2] / "run_pretrain.py"), run_name="__main__")

@@ -247,6 +247,16 @@ def batch_norm(precision):
     assert logits.isfinite().all() and torch.equal(logits_of(state), logits)
 
 
+def families():
+    """Under FSDP2 every family is cut into its layers, trains a step and is evaluated; with a frozen encoder too."""
+    for family in FAMILIES:
+        for freeze in ((), ("encoder",)):
+            state, plan = start("bf16", accumulation=1, family=family, freeze=freeze)
+            assert train_step(state, plan, 0).isfinite() and logits_of(state).isfinite().all(), family
+            weights = weights_of(state)
+            assert weights.keys() == dict(model_of(family).named_parameters()).keys()
+
+
 def main():
     for precision in ("no", "bf16"):
         out = walk(precision) | gradients(precision)
@@ -257,6 +267,8 @@ def main():
                 {name: tensor.contiguous() for name, tensor in out.items()},
                 Path(sys.argv[1], f"{precision}.safetensors"),
             )
+    if state.distributed_type == "FSDP":
+        families()
     end(build_accelerator(60))
 
 

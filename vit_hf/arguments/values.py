@@ -245,7 +245,8 @@ def plain_classes(names: tuple[str, ...] | None) -> str | list[str] | None:
     if names is None:
         return None
     text = ",".join(names)
-    return text if not os.path.isfile(os.path.expanduser(text)) and parse_classes(text) == names else list(names)
+    is_read_again = listed_classes(text.split(",")) == names and not os.path.isfile(os.path.expanduser(text))
+    return text if is_read_again else list(names)
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

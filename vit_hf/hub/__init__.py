@@ -5,7 +5,7 @@ from vit_hf.front import front
 __getattr__ = front(
     __name__,
     {
-        "finish": "finish_run",
+        "export": "finish_run",
         "push": "HubSettings open_repository",
         "resolved": "describe resolve",
     },

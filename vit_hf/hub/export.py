@@ -1,38 +1,75 @@
-"""The finished folder: fp32 weights from whatever the run trained in, and the image processor that fits them."""
+"""The end of a run: its output folder becomes a model repository, with weights, curves, card and results."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+
+from vit_hf.analysis.curves import learning_curves
+from vit_hf.hub.card import write_card
+from vit_hf.training.model_folder import ModelFolder
+from vit_hf.training.state import TrainState
+from vit_hf.training.tracking import peak_memory_bytes, read_jsonl
 
 
-def full_fp32_state_dict(model: nn.Module, zero_stage: int) -> dict[str, Tensor]:
-    """All weights and buffers in fp32 on the CPU. Under ZeRO they are put together from the optimizer's fp32 master
-    copies; all processes must call it."""
-    if zero_stage == 0:
-        return {name: _to_cpu(tensor) for name, tensor in model.state_dict().items()}
-    from deepspeed.utils import safe_get_full_fp32_param
+def finish_run(
+    state: TrainState,
+    files: ModelFolder,
+    output_dir: Path,
+    name: str,
+    flags: dict[str, Any],
+    resolved: dict[str, Any],
+    counted: dict[str, int],
+    start_time: float,
+) -> None:
+    """Exports the model, draws the curves, writes card and results, and says how the run ended. All processes call it.
 
-    buffers = {name: _to_cpu(tensor) for name, tensor in model.named_buffers() if name in model.state_dict()}
-    return {
-        name: _to_cpu(safe_get_full_fp32_param(parameter)) for name, parameter in model.named_parameters()
-    } | buffers
+    Args:
+        files: what the model's folder holds.
+        name: of the repository, or of the folder.
+        flags: all of them, as plain values. resolved: what follows from them.
+        counted: what was counted of the data, e.g. {"bad_images": 3}.
+        start_time: time.perf_counter() at the start of the run, less the time of earlier starts.
+    """
+    _write_model(state, files, output_dir)
+    if not state.accelerator.is_main_process:
+        return
+    lines = read_jsonl(output_dir / "metrics.jsonl")
+    learning_curves({output_dir.name: lines}).savefig(output_dir / "learning_curves.png", dpi=120)
+    results = {key: value for line in lines for key, value in line.items()}  # the last of each kind
+    results |= {key: resolved[key] for key in ("train_samples", "num_parameters", "versions")} | counted
+    results["peak_memory_bytes"] = peak_memory_bytes(state.accelerator.device)
+    results["wall_time_seconds"] = round(time.perf_counter() - start_time, 2)
+    write_card(output_dir, name, flags, resolved, results, state.model.config)
+    write_json(results, output_dir / "all_results.json")  # last: its presence says that the folder is complete
+    print(
+        f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "
+        f"({resolved['eval_split']}); {output_dir}"
+        + (f"; {counted['bad_images']} bad images skipped" if counted.get("bad_images") else "")
+    )
+
+
+def _write_model(state: TrainState, files: ModelFolder, output_dir: Path) -> None:
+    """Writes the weights in fp32, or their average where there is one, whatever the partition, and what belongs to them."""
+    partition, main, tensors = state.partition, state.accelerator.is_main_process, {}
+    with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
+        for name in partition.parameter_names():
+            weight = partition.full_weight(name)
+            if main:
+                tensors[name] = _to_cpu(weight)
+        if main:
+            saved = state.model.state_dict(keep_vars=True)
+            tensors |= {name: _to_cpu(buffer) for name, buffer in state.model.named_buffers() if name in saved}
+    if main:
+        files.write(output_dir, tensors)
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).clone().contiguous()
-
-
-def save_model(model: PreTrainedModel, state_dict: dict[str, Tensor], processor: Any, output_dir: Path) -> None:
-    """Writes config.json, model.safetensors and preprocessor_config.json (and the code of a model that needs it)."""
-    with torch.device("meta"):  # the trained object may hold 16-bit or partitioned weights; only its form is needed
-        form = type(model)(model.config)
-    form.save_pretrained(output_dir, state_dict=state_dict)
-    processor.save_pretrained(output_dir)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

@@ -46,8 +46,11 @@ def open_trackers(
             started.append(tracker)
     accelerator.log_with, accelerator.trackers = wanted, started
     temporary = output_dir / f"{FILE}.tmp"
-    temporary.write_text(json.dumps({name: own for name, own in known.items() if own}, indent=1) + "\n")
-    temporary.replace(output_dir / FILE)
+    try:
+        temporary.write_text(json.dumps({name: own for name, own in known.items() if own}, indent=1) + "\n")
+        temporary.replace(output_dir / FILE)
+    except OSError as error:
+        warn(f"{FILE} cannot be written ({error.strerror}); a resumed run begins another tracker run")
 
 
 class SafeTracker:
