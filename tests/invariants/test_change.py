@@ -79,6 +79,19 @@ def test_a_decay_is_stretched_to_the_new_length_and_says_so(run, tmp_path, capsy
         run("pretrain", **{**longer, "max_steps": 2, "warmup_steps": 1, "change": "max_steps,warmup_steps"})
 
 
+def test_a_change_is_undone_from_a_checkpoint_before_it(run, tmp_path):
+    """With the flags of before, also in the finished folder; from another folder's checkpoint it stays another run's."""
+    folder = run("pretrain", output_dir=tmp_path / "run", **FLAGS)
+    before = trajectory(folder)
+    run("pretrain", output_dir=folder, **{**FLAGS, "max_steps": 8}, change="max_steps")
+    other = shutil.copytree(folder / "checkpoint-4", tmp_path / "other/checkpoint-4")
+    with pytest.raises(UserError, match="--max_steps 8 there, 6 now"):
+        run("pretrain", output_dir=folder, **FLAGS, resume_from_checkpoint=other)
+    run("pretrain", output_dir=folder, **FLAGS, resume_from_checkpoint=folder / "checkpoint-4")
+    assert trajectory(folder) == before
+    assert "changed" not in yaml.safe_load((folder / "run_config.yaml").read_text())["resolved"]
+
+
 def test_another_model_is_not_a_change(run, tmp_path):
     folder = run("pretrain", output_dir=tmp_path / "run", **FLAGS)
     with pytest.raises(ArgumentError, match="--change: seed makes another run"):

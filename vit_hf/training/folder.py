@@ -109,6 +109,8 @@ def _is_finished(path: Path, resume_from: str, differences: Differences) -> bool
         )
     if not (path / "all_results.json").exists():
         return False
+    if resume_from not in ("auto", "none") and Path(resume_from).resolve().parent == path.resolve():
+        return False  # one of its own checkpoints says whose run it is: that may be the run before a change
     differ = differences(yaml.safe_load(config.read_text()) or {}, folder=path)
     return not differ and resume_from == "auto"
 
