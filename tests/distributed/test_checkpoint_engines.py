@@ -63,7 +63,7 @@ def walked(config, source, folder):
         assert abs(sizes["model.safetensors"] + first - second) < largest + 4096  # the work is shared
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])  # ZeRO-1 and ZeRO-2 hold what ZeRO-3 holds, less of it
 def test_an_engine_reads_what_another_wrote_and_writes_the_same(config, source, tmp_path):
     walked(config, source, tmp_path)
 

@@ -132,13 +132,6 @@ def test_batch_norm_statistics_are_those_of_the_main_process_everywhere(config, 
     assert one["eval_loss"] == pytest.approx(both["eval_loss"], rel=1e-5)
 
 
-def test_zero3_with_offload(single, tmp_path):
-    folder = tmp_path / "run"
-    result = launch("pretrain", "zero3_offload", launcher=(*TWO, *FP32), output_dir=folder, **RUN)
-    finished(result, folder, 2, 3)
-    close(trajectory(folder), trajectory(single), 1e-4)
-
-
 def test_sgd_finetuning_with_ema_under_ddp(tmp_path, single):
     """The paper's fine-tuning optimizer; the export is the average, as the evaluation was."""
     flags = {**RUN, "model_name_or_path": single, "optim": "sgd", "ema_decay": 0.5, "max_steps": 3}

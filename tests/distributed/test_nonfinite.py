@@ -15,7 +15,6 @@ ENGINES = [
     ("cpu_2proc", "no"),
     ("zero1", "bf16"),
     ("zero2", "no"),
-    ("zero2", "bf16"),
     ("zero3", "no"),
     ("fsdp2", "no"),
 ]
