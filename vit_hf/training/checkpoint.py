@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import shutil
-import sys
 import threading
 import time
 import traceback
@@ -37,7 +36,7 @@ from vit_hf.training.manifest import FORMAT, move_aside, prune, remove_unfinishe
 from vit_hf.training.model_folder import ModelFolder
 from vit_hf.training.shared_folder import Answers, SaveFailed, appears, check_shared
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import append_event
+from vit_hf.training.tracking import append_event, warn
 
 _SAVES = itertools.count()  # of this process; all processes save alike, so a number means the same save on each
 
@@ -146,7 +145,6 @@ class Checkpoints:
             files = self._write(temporary, model, shard)
         except Exception as error:  # one process that fails may not leave the others waiting
             files, why = {}, _reason(error)
-            (temporary / shard_name(rank, self._state.accelerator.num_processes)).unlink(missing_ok=True)
         else:
             why = None
         if rank != 0:
@@ -196,14 +194,13 @@ class Checkpoints:
             try:
                 prune(self._output_dir, self._total_limit)
             except OSError as error:
-                print(f"warning: an old checkpoint could not be removed: {_reason(error)}", file=sys.stderr)
+                warn(f"an old checkpoint could not be removed: {_reason(error)}")
 
     def _give_up(self, temporary: Path, step: int, why: str) -> None:
         """Removes what was written and says so."""
         shutil.rmtree(temporary, ignore_errors=True)
-        print(f"warning: checkpoint-{step} could not be written: {why}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # the disk may be full
-            append_event(self._output_dir, "save_failed", step=step, why=why)
+        warn(f"checkpoint-{step} could not be written: {why}")
+        append_event(self._output_dir, "save_failed", step=step, why=why)
 
 
 def load(state: TrainState, model_folder: ModelFolder, folder: Path, manifest: dict[str, Any]) -> None:

@@ -97,9 +97,9 @@ def train(
             raise _out_of_memory(moment) from None
         raise
     finally:
-        guard.release()
         for action in actions:
             action.close()
+        guard.release()  # last: who comes to its end first lets the launcher end the others, and some may still write
         tracker.close()
 
 
