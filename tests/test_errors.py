@@ -160,9 +160,7 @@ def test_a_tracker_that_is_not_installed(fails, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(fails, tmp_path):
-    fails(
-        1, r"the weights are not finite after the steps 1 to 1", learning_rate=1e30, max_grad_norm=0, warmup_steps=0
-    )
+    fails(1, r"the weights are not finite after the steps 1 to 1", learning_rate=1e30, max_grad_norm=0, warmup_steps=0)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
