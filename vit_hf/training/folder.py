@@ -131,7 +131,6 @@ def begin(accelerator: accelerate.Accelerator, folder: Folder, run_config: dict[
             aside = manifest.move_aside(Path(path))
             print(f"passing over {path}: {reason}; moved to {aside.name}")
             append_event(folder.path, "checkpoint_passed_over", folder=path, reason=reason, moved_to=aside.name)
-        manifest.remove_unfinished(folder.path)
     accelerator.wait_for_everyone()
 
 

@@ -65,9 +65,8 @@ def lost_process(accelerator: accelerate.Accelerator, timeout_seconds: float) ->
             words = _words(error)
             raise
         if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # the launcher's, for the same reason: the line has to come out
+            # the launcher sends it for the same reason, and the line has to come out
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise UserError(life.explain(_first_line(error))) from None
     except BaseException as error:
         words = _words(error)

@@ -23,9 +23,8 @@ class Partition:
     """
 
     name: str  # single, ddp, zero1, zero2, zero3 or fsdp2
-    gradient_norms: Tensor | None = (
-        None  # fp32 (P,), by trainable parameter, of this process's share, before the last clip
-    )
+    # fp32 (P,), by trainable parameter, of this process's share, before the last clip
+    gradient_norms: Tensor | None = None
 
     def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
         """
