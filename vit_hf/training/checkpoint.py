@@ -15,6 +15,7 @@ final name; the latest checkpoint is the highest complete one. This module must 
 import contextlib
 import itertools
 import json
+import math
 import shutil
 import threading
 import time
@@ -285,33 +286,44 @@ class Stored:
             )
 
 
-def _copies(state: TrainState, model_folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies on the host of what this process writes: the model's tensors (none but on the main process), and its part of
-    the training state. A tensor goes to the process with the least bytes so far, the first of those that are alike; the
-    main one starts with the model's. The memory stays at one whole tensor above that."""
-    partition, rank = state.partition, state.accelerator.process_index
-    model: dict[str, Tensor] = {}
-    shard: dict[str, Tensor] = {}
-    loads = [0] * state.accelerator.num_processes
-
-    def give(to: int, part: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-        loads[to] += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-        if to == rank:
-            part[name] = _on_host(tensor)
-
+def model_on_host(state: TrainState) -> dict[str, Tensor]:
+    """Copies of the model's weights, or of their average where there is one, in fp32, and of its saved buffers; none but on
+    the main process. Collective."""
+    partition, main, copies = state.partition, state.accelerator.is_main_process, {}
     with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         for name in partition.parameter_names():
-            give(0, model, name, partition.full_weight(name))
-        for name, buffer in _saved_buffers(state).items():
-            give(0, model, name, buffer)
+            weight = partition.full_weight(name)
+            if main:
+                copies[name] = _on_host(weight)
+        if main:
+            copies |= {name: _on_host(buffer) for name, buffer in _saved_buffers(state).items()}
+    return copies
+
+
+def _copies(state: TrainState, model_folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies on the host of what this process writes: the model's tensors (none but on the main process), and its part of
+    the training state. A tensor goes to the process with the least so far, the first of those that are alike; the main one
+    starts with the model's. The memory stays at one whole tensor above that."""
+    partition, rank = state.partition, state.accelerator.process_index
+    model = model_on_host(state)
+    shard: dict[str, Tensor] = {}
+    loads = [0] * state.accelerator.num_processes
+    loads[0] = sum(map(math.prod, model_folder.shapes.values()))
+
+    def give(name: str, tensor: Tensor) -> None:
+        to = loads.index(min(loads))
+        loads[to] += tensor.numel()
+        if to == rank:
+            shard[name] = _on_host(tensor)
+
     for key in partition.moment_keys():
         for name in partition.trainable_names():
-            give(loads.index(min(loads)), shard, f"{key}.{name}", partition.full_moment(name, key))
+            give(f"{key}.{name}", partition.full_moment(name, key))
     if state.ema is not None:
         for name in partition.trainable_names():
-            give(loads.index(min(loads)), shard, f"weight.{name}", partition.full_weight(name))
+            give(f"weight.{name}", partition.full_weight(name))
         for name, buffer in averaged_buffers(state.model).items():
-            give(loads.index(min(loads)), shard, f"buffer.{name}", buffer)
+            give(f"buffer.{name}", buffer)
     return model, shard
 
 

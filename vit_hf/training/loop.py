@@ -42,7 +42,8 @@ def train(
 
     Raises:
         StoppedBySignal: a signal came; the checkpoint is written.
-        UserError: the loss, the gradients or the weights are not finite, a checkpoint failed and that is to end the run, or the device is full.
+        UserError: the loss, the gradients or the weights are not finite, a checkpoint failed and that is to end the run, or
+            the device is full.
     """
     accelerator, engine, optimizer = state.accelerator, state.engine, state.optimizer
     rank, first_step = accelerator.process_index, settings.first_step
