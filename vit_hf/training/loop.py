@@ -17,7 +17,7 @@ from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.signals import SignalGuard, StoppedBySignal
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import Tracker, read_jsonl
+from vit_hf.training.tracking import Tracker, read_jsonl, warn
 
 Batch = dict[str, Tensor]
 
@@ -93,6 +93,8 @@ def train(
                 raise _stopped(actions, moment, guard.number)
         for action in actions:
             action.finish(moment)
+        if moment.not_saved is not None and tracker.is_main:
+            warn(f"the run ends without checkpoint-{moment.step}: {moment.not_saved}")
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise _out_of_memory(moment) from None
