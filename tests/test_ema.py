@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from vit_hf.training.ema import EMA
+from vit_hf.training.ema import EMA, _move
 from vit_hf.training.partition import Whole
 
 
@@ -66,15 +66,33 @@ def test_in_place_shows_the_average_and_restores_to_the_bit():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_in_place_restores_after_an_error_too():
+def test_in_place_restores_after_an_error_too_but_calls_no_collective():
+    """The other processes may not have the error, and would not come to it."""
     model = model_of()
     ema = ema_of(model, 0.9)
+    refreshed = []
+    ema._partition.refresh = lambda: refreshed.append(True)
     step(model, 0)
     before = model[0].weight.detach().clone()
     with pytest.raises(KeyboardInterrupt), ema.in_place():
         assert not torch.equal(model[0].weight, before)
         raise KeyboardInterrupt
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight, before) and len(refreshed) == 1
+
+
+def test_the_kernels_for_a_device_move_as_lerp_does():
+    class OnDevice(torch.Tensor):
+        device = torch.device("cuda")
+
+    generator = torch.Generator().manual_seed(0)
+    start, weights = ([torch.randn(n, 3, generator=generator) for n in (2, 5)] for _ in range(2))
+    for share in (0.0, 0.25):
+        averages = [tensor.clone() for tensor in start]
+        _move(averages, weights, torch.tensor(share).as_subclass(OnDevice))
+        expected = [tensor.lerp(weight, share) for tensor, weight in zip(start, weights)]
+        torch.testing.assert_close(
+            averages, expected if share else start, rtol=1e-6 * bool(share), atol=1e-7 * bool(share)
+        )
 
 
 def test_state_goes_on_to_the_bit():

@@ -323,6 +323,28 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, optim, learning_r
 # --- ends, and going on ---
 
 
+def test_a_launcher_that_ends_all_leaves_the_last_save_to_its_end(tmp_path, monkeypatch):
+    """The loss breaks at step 2 while checkpoint-1 is written; another process comes to its end sooner, and the launcher
+    sends SIGTERM."""
+    told, real = [], os.fsync
+    previous = signal.signal(signal.SIGTERM, lambda *_: told.append("the default would have ended the process"))
+
+    def slow(descriptor):
+        time.sleep(0.3)
+        sigterm()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    try:
+        with pytest.raises(UserError, match="the loss is not finite at step 2"):
+            Run(tmp_path, on_batch=at_batch(1, lambda: told.append("step 2"))).train(
+                save_steps=1, objective=lambda *both: mse_loss(*both) * (float("nan") if told else 1)
+            )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert told == ["step 2"] and checkpoints_in(tmp_path) == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize(("at", "stopped"), [(2, True), (3, True), (4, False)])
 def test_a_run_that_a_signal_stopped_goes_on_as_if_it_had_not(tmp_path, at, stopped):
     """Stopped at a step at which an evaluation is due, at one where it is not, and at the last, which is the end."""

@@ -176,7 +176,8 @@ def test_long_windows_are_summed_up_as_they_go(tmp_path):
 def test_stop_names_step_window_checkpoint_and_the_command_that_mends(tmp_path, hurt, what):
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-4.tmp").mkdir()
+    for name in ("checkpoint-4.tmp", "checkpoint-3.aside", "checkpoint-3.aside1"):
+        (tmp_path / name).mkdir()
     with pytest.raises(UserError) as caught:
         Run(tmp_path, "stop", learning_rate=3e-3).train(batches(6), broken=(4,), logging_steps=2, hurt=hurt)
     message = str(caught.value)
@@ -237,6 +238,8 @@ def test_spikes_are_told_and_nothing_more(tmp_path):
     assert told["loss"] == 2.0 and told["median"] == pytest.approx(1.02) and told["deviations"] > 10
     assert spikes.look(NAN) is None and spikes.look(0.1) is None  # falling is no spike
     assert Spikes(0.0).look(1e9) is None
+    learnt = Spikes(10.0)
+    assert not any(learnt.look(0.0) for _ in losses) and learnt.look(0.5)["loss"] == 0.5
     early = Spikes(10.0)
     assert (
         not any(early.look(loss) for loss in losses[:-1]) and early.look(99.0) is None

@@ -45,11 +45,12 @@ SILENT = "{} gave no sign of life for {} s: killed, stopped, or on a machine tha
 
 @pytest.mark.parametrize(
     ("scenario", "seconds"),
-    [("killed", 1), ("stopped long", 4), ("hangs", 4)],
-    ids=["killed", "stopped long", "hangs"],
+    [("killed", 1), ("killed in a save", 1), ("stopped long", 4), ("hangs", 4)],
+    ids=["killed", "killed in a save", "stopped long", "hangs"],
 )
 def test_the_line_names_the_process_that_is_gone(scenario, seconds, ends):
-    """One that was killed, at once; one that was stopped for longer than the time-out; and one that was killed while
+    """One that was killed, at once, also where the main process waits for its part of a checkpoint (the time-out is a
+    minute); one that was stopped for longer than the time-out; and one that was killed while
     the other hangs in a call that raises nothing, as NCCL's do."""
     main, other = ends[scenario]
     assert main == {"status": 1, "err": f"error: {SILENT.format('process 1', seconds)}\n"}

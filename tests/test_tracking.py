@@ -129,6 +129,12 @@ def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path, trackers, rest):
     assert steps_in(tmp_path) == [2, 5]  # the half line does not spoil the next one
 
 
+def test_what_comes_after_a_line_cut_off_is_read(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "first"}\n{"event": "sec{"event": "third"}\n{"event": "fourth"}\n')
+    assert [event["event"] for event in read_jsonl(path)] == ["first", "fourth"]
+
+
 def test_no_file_has_no_lines(tmp_path):
     assert read_jsonl(tmp_path / "nowhere.jsonl") == []
 

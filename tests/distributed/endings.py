@@ -4,6 +4,7 @@ prints, as JSON, how each ended.
 python tests/distributed/endings.py
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,8 +22,9 @@ import torch
 from vit_hf.errors import UserError, exit_with
 from vit_hf.training import lost, signals
 from vit_hf.training.accelerator import build_accelerator
+from vit_hf.training.shared_folder import Answers, SaveFailed
 
-lost.BEAT_SECONDS, lost.LOOK_SECONDS, lost.LEAVE_SECONDS = 0.2, 1.0, 1.0
+lost.BEAT_SECONDS, lost.LOOK_SECONDS, lost.LEAVE_SECONDS, lost.QUIET_SECONDS = 0.2, 1.0, 1.0, 2.0
 signals.ANSWER_SECONDS, signals.LEAVE_SECONDS, signals.POLL_SECONDS = 5.0, 1.0, 0.05
 WORLD, STEPS, AT = 2, 4000, 30
 # {name: (rank of the process to which something happens, whether the processes meet in each step)}
@@ -36,6 +38,7 @@ SCENARIOS = {
     "last": (1, True),
     "killed": (1, True),
     "main killed": (0, True),
+    "killed in a save": (1, True),
     "words": (1, True),
     "stopped": (1, True),
     "stopped long": (1, True),
@@ -59,7 +62,7 @@ def happens(scenario, rank, folder):
         os.kill(me, signal.SIGTERM)
     elif scenario == "usr1":
         os.kill(me, signal.SIGUSR1)
-    elif scenario in ("killed", "main killed", "hangs", "hangs, terminated"):
+    elif scenario in ("killed", "killed in a save", "main killed", "hangs", "hangs, terminated"):
         os.kill(me, signal.SIGKILL)
     elif scenario in ("stopped", "stopped long"):
         os.kill(me, signal.SIGSTOP)
@@ -108,6 +111,9 @@ def run(scenario, folder):
                     accelerator.wait_for_everyone()  # as they do to save
                     raise signals.StoppedBySignal(guard.number, step)
         finally:
+            if scenario == "killed in a save" and rank == 0:  # its own part is written, the other's never comes
+                with contextlib.suppress(SaveFailed):
+                    Answers(accelerator).collect(0, timeout)
             guard.release()
         if scenario == "over" and rank == 1:
             (folder / "over").touch()

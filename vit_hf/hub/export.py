@@ -1,15 +1,13 @@
 """The end of a run: its output folder becomes a model repository, with weights, curves, card and results."""
 
-import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vit_hf.analysis.curves import learning_curves
 from vit_hf.hub.card import write_card
+from vit_hf.training.checkpoint import model_on_host
 from vit_hf.training.model_folder import ModelFolder
 from vit_hf.training.state import TrainState
 from vit_hf.training.tracking import peak_memory_bytes, read_jsonl
@@ -34,9 +32,10 @@ def finish_run(
         counted: what was counted of the data, e.g. {"bad_images": 3}.
         start_time: time.perf_counter() at the start of the run, less the time of earlier starts.
     """
-    _write_model(state, files, output_dir)
+    tensors = model_on_host(state)
     if not state.accelerator.is_main_process:
         return
+    files.write(output_dir, tensors)
     lines = read_jsonl(output_dir / "metrics.jsonl")
     learning_curves({output_dir.name: lines}).savefig(output_dir / "learning_curves.png", dpi=120)
     results = {key: value for line in lines for key, value in line.items()}  # the last of each kind
@@ -50,26 +49,6 @@ def finish_run(
         f"({resolved['eval_split']}); {output_dir}"
         + (f"; {counted['bad_images']} bad images skipped" if counted.get("bad_images") else "")
     )
-
-
-def _write_model(state: TrainState, files: ModelFolder, output_dir: Path) -> None:
-    """Writes the weights in fp32, or their average where there is one, whatever the partition, and what belongs to them."""
-    partition, main, tensors = state.partition, state.accelerator.is_main_process, {}
-    with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
-        for name in partition.parameter_names():
-            weight = partition.full_weight(name)
-            if main:
-                tensors[name] = _to_cpu(weight)
-        if main:
-            saved = state.model.state_dict(keep_vars=True)
-            tensors |= {name: _to_cpu(buffer) for name, buffer in state.model.named_buffers() if name in saved}
-    if main:
-        files.write(output_dir, tensors)
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).clone().contiguous()
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

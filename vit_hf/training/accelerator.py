@@ -29,8 +29,10 @@ from vit_hf.errors import UserError
 from vit_hf.training.schedule import BatchPlan
 
 # what prepare() can handle: one process, DDP on any device, ZeRO, FSDP2
-DDP = ("MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
-SUPPORTED = ("NO", *DDP, "MULTI_NEURON", "DEEPSPEED", "FSDP")
+SUPPORTED = (
+    "NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU",
+    "MULTI_NEURON", "DEEPSPEED", "FSDP",
+)  # fmt: skip
 
 
 def keep_freed_memory() -> None:

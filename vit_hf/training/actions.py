@@ -166,8 +166,8 @@ class Log(Action):
         """
         accelerator, steps = moment.state.accelerator, moment.step - moment.logged_step
         alarm = torch.tensor([float(any(action.alarm() for action in moment.actions))], device=accelerator.device)
-        numbers = torch.cat([moment.watch.numbers(), alarm])
-        rows = accelerator.gather(numbers[None]).tolist()  # the one collective and the one host sync
+        row = torch.cat([moment.watch.numbers(), alarm])
+        rows = accelerator.gather(row[None]).tolist()  # the one collective and the one host sync
         window = moment.watch.look([row[:-1] for row in rows])
         speed = moment.tracker.window(steps * moment.plan.global_batch_size)
         if self.mfu_scale is not None:

@@ -15,8 +15,8 @@ final name; the latest checkpoint is the highest complete one. This module must 
 import contextlib
 import itertools
 import json
+import math
 import shutil
-import sys
 import threading
 import time
 import traceback
@@ -37,7 +37,7 @@ from vit_hf.training.manifest import FORMAT, move_aside, prune, remove_unfinishe
 from vit_hf.training.model_folder import ModelFolder
 from vit_hf.training.shared_folder import Answers, SaveFailed, appears, check_shared
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import append_event
+from vit_hf.training.tracking import append_event, warn
 
 _SAVES = itertools.count()  # of this process; all processes save alike, so a number means the same save on each
 
@@ -146,7 +146,6 @@ class Checkpoints:
             files = self._write(temporary, model, shard)
         except Exception as error:  # one process that fails may not leave the others waiting
             files, why = {}, _reason(error)
-            (temporary / shard_name(rank, self._state.accelerator.num_processes)).unlink(missing_ok=True)
         else:
             why = None
         if rank != 0:
@@ -196,14 +195,13 @@ class Checkpoints:
             try:
                 prune(self._output_dir, self._total_limit)
             except OSError as error:
-                print(f"warning: an old checkpoint could not be removed: {_reason(error)}", file=sys.stderr)
+                warn(f"an old checkpoint could not be removed: {_reason(error)}")
 
     def _give_up(self, temporary: Path, step: int, why: str) -> None:
         """Removes what was written and says so."""
         shutil.rmtree(temporary, ignore_errors=True)
-        print(f"warning: checkpoint-{step} could not be written: {why}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # the disk may be full
-            append_event(self._output_dir, "save_failed", step=step, why=why)
+        warn(f"checkpoint-{step} could not be written: {why}")
+        append_event(self._output_dir, "save_failed", step=step, why=why)
 
 
 def load(state: TrainState, model_folder: ModelFolder, folder: Path, manifest: dict[str, Any]) -> None:
@@ -288,33 +286,44 @@ class Stored:
             )
 
 
-def _copies(state: TrainState, model_folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies on the host of what this process writes: the model's tensors (none but on the main process), and its part of
-    the training state. A tensor goes to the process with the least bytes so far, the first of those that are alike; the
-    main one starts with the model's. The memory stays at one whole tensor above that."""
-    partition, rank = state.partition, state.accelerator.process_index
-    model: dict[str, Tensor] = {}
-    shard: dict[str, Tensor] = {}
-    loads = [0] * state.accelerator.num_processes
-
-    def give(to: int, part: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-        loads[to] += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-        if to == rank:
-            part[name] = _on_host(tensor)
-
+def model_on_host(state: TrainState) -> dict[str, Tensor]:
+    """Copies of the model's weights, or of their average where there is one, in fp32, and of its saved buffers; none but on
+    the main process. Collective."""
+    partition, main, copies = state.partition, state.accelerator.is_main_process, {}
     with state.ema.in_place() if state.ema is not None else contextlib.nullcontext():
         for name in partition.parameter_names():
-            give(0, model, name, partition.full_weight(name))
-        for name, buffer in _saved_buffers(state).items():
-            give(0, model, name, buffer)
+            weight = partition.full_weight(name)
+            if main:
+                copies[name] = _on_host(weight)
+        if main:
+            copies |= {name: _on_host(buffer) for name, buffer in _saved_buffers(state).items()}
+    return copies
+
+
+def _copies(state: TrainState, model_folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies on the host of what this process writes: the model's tensors (none but on the main process), and its part of
+    the training state. A tensor goes to the process with the least so far, the first of those that are alike; the main one
+    starts with the model's. The memory stays at one whole tensor above that."""
+    partition, rank = state.partition, state.accelerator.process_index
+    model = model_on_host(state)
+    shard: dict[str, Tensor] = {}
+    loads = [0] * state.accelerator.num_processes
+    loads[0] = sum(map(math.prod, model_folder.shapes.values()))
+
+    def give(name: str, tensor: Tensor) -> None:
+        to = loads.index(min(loads))
+        loads[to] += tensor.numel()
+        if to == rank:
+            shard[name] = _on_host(tensor)
+
     for key in partition.moment_keys():
         for name in partition.trainable_names():
-            give(loads.index(min(loads)), shard, f"{key}.{name}", partition.full_moment(name, key))
+            give(f"{key}.{name}", partition.full_moment(name, key))
     if state.ema is not None:
         for name in partition.trainable_names():
-            give(loads.index(min(loads)), shard, f"weight.{name}", partition.full_weight(name))
+            give(f"weight.{name}", partition.full_weight(name))
         for name, buffer in averaged_buffers(state.model).items():
-            give(loads.index(min(loads)), shard, f"buffer.{name}", buffer)
+            give(f"buffer.{name}", buffer)
     return model, shard
 
 

@@ -32,8 +32,7 @@ class EMA:
             left_out: the step was not made, and the average stays to the bit; a bool scalar where only the device knows.
         """
         if isinstance(left_out, Tensor):
-            share = torch.full_like(left_out, 1 - self.decay, dtype=torch.float32).where(~left_out, 0.0)
-            torch._foreach_lerp_(self._averages, self._weights, [share] * len(self._averages))
+            _move(self._averages, self._weights, torch.where(left_out, 0.0, 1 - self.decay))
         elif not left_out:
             torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
@@ -45,19 +44,32 @@ class EMA:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within this context masters, buffers and the model hold the average; their own values come back afterwards, to
-        the bit. Collective where processes hold shares."""
-        saved = [weight.clone() for weight in self._weights]
-        self._write(self._averages)
+        """Within this context masters, buffers and the model hold the average, in exchange for their own values, which come
+        back afterwards to the bit; the memory stays at one tensor more. Collective where processes hold shares."""
+        self._swap()
+        self._partition.refresh()
         try:
             yield
         finally:
-            self._write(saved)
+            self._swap()
+        self._partition.refresh()  # not after an error, which other processes may not have: they would not come here
 
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._weights, values)
-        self._partition.refresh()
+    def _swap(self) -> None:
+        for weight, average in zip(self._weights, self._averages, strict=True):
+            own = weight.clone()
+            weight.copy_(average)
+            average.copy_(own)
+
+
+def _move(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
+    """lerp by a scalar on the device. There torch's own takes a kernel for each tensor, and this one three for all."""
+    if share.device.type == "cpu":
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
+        return
+    steps = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(averages, steps)
 
 
 def averaged_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -133,7 +133,6 @@ def begin(accelerator: accelerate.Accelerator, folder: Folder, run_config: dict[
             aside = manifest.move_aside(Path(path))
             print(f"passing over {path}: {reason}; moved to {aside.name}")
             append_event(folder.path, "checkpoint_passed_over", folder=path, reason=reason, moved_to=aside.name)
-        manifest.remove_unfinished(folder.path)
     accelerator.wait_for_everyone()
 
 
@@ -142,13 +141,13 @@ def record_of(
 ) -> dict[str, Any]:
     """What each checkpoint's manifest says of the run: its identity, its length, what was changed, and what must be the
     same for a resume that continues to the bit."""
-    accelerator = state.accelerator
+    accelerator, device = state.accelerator, state.accelerator.device
     exactness = {
         "engine": state.partition.name,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "micro_batch_size": plan.micro_batch_size,
-        "device": accelerator.device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "vit_hf": vit_hf.__version__,
         "torch": torch.__version__,
         "torch_compile": torch_compile,

@@ -1,21 +1,18 @@
 """Which weights stay as they are, chosen by name."""
 
-import re
 import types
 
 from torch import nn
 
 from vit_hf.errors import UserError
 
-RANGE = re.compile(r"(\d+)-(\d+)")
-
 
 def freeze_parameters(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Leaves parameters out of the training. A BatchNorm whose weights are frozen keeps its statistics too.
 
     Args:
-        patterns: parts of names between dots, such as `embeddings`, `layers.3` or `layers.0-5` (5 included); `encoder` is
-            the base model, that is all but the classification head (linear probing).
+        patterns: parts of names between dots, such as `embeddings` or `layers.3`; `encoder` is the base model, that is all
+            but the classification head (linear probing).
 
     Returns:
         The frozen parameters' names.
@@ -24,7 +21,9 @@ def freeze_parameters(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         UserError: a pattern that fits nothing, or patterns that leave nothing to train.
     """
     parameters = dict(model.named_parameters())
-    frozen = {name for pattern in patterns for name in _fitting(model, list(parameters), pattern)}
+    frozen = {name for pattern in patterns for name in _fitting(model, pattern)}
+    if patterns and not frozen:
+        raise _unknown(model, ",".join(patterns))
     if frozen and len(frozen) == len(parameters):
         raise UserError(f"--freeze: {','.join(patterns)} leaves nothing to train; allowed are {_parts(model)}")
     for name in frozen:
@@ -37,23 +36,16 @@ def freeze_parameters(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     return [name for name in parameters if name in frozen]
 
 
-def _fitting(model: nn.Module, names: list[str], pattern: str) -> list[str]:
-    """The names that hold a pattern, for each number of its ranges."""
+def _fitting(model: nn.Module, pattern: str) -> list[str]:
+    """The parameters of what bears a pattern in its name; none of a module without weights, as an activation is."""
+    modules, parameters = (dict(named()).keys() for named in (model.named_modules, model.named_parameters))
     if pattern == "encoder":
-        fitting = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
-        if not fitting:
-            raise _unknown(model, pattern)
-        return fitting
-    words = pattern.split(".")
-    single = [pattern]
-    for position, word in enumerate(words):
-        if match := RANGE.fullmatch(word):
-            numbers = range(int(match[1]), int(match[2]) + 1)
-            single = [".".join([*words[:position], str(number), *words[position + 1 :]]) for number in numbers]
-    fitting = [[name for name in names if f".{one}." in f".{name}."] for one in single]
-    if not fitting or not fitting[0] or not fitting[-1]:  # between them there may be modules without weights
+        found = [name for name in parameters if name.startswith(f"{model.base_model_prefix}.")]
+    else:
+        found = [name for name in (*modules, *parameters) if name and f".{pattern}." in f".{name}."]
+    if not found:
         raise _unknown(model, pattern)
-    return [name for some in fitting for name in some]
+    return [name for name in found if name in parameters]
 
 
 def _unknown(model: nn.Module, pattern: str) -> UserError:

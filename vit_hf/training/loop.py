@@ -17,7 +17,7 @@ from vit_hf.training.optimizer import set_learning_rate
 from vit_hf.training.schedule import BatchPlan, Schedule
 from vit_hf.training.signals import SignalGuard, StoppedBySignal
 from vit_hf.training.state import TrainState
-from vit_hf.training.tracking import Tracker, read_jsonl
+from vit_hf.training.tracking import Tracker, read_jsonl, warn
 
 Batch = dict[str, Tensor]
 
@@ -42,7 +42,8 @@ def train(
 
     Raises:
         StoppedBySignal: a signal came; the checkpoint is written.
-        UserError: the loss, the gradients or the weights are not finite, a checkpoint failed and that is to end the run, or the device is full.
+        UserError: the loss, the gradients or the weights are not finite, a checkpoint failed and that is to end the run, or
+            the device is full.
     """
     accelerator, engine, optimizer = state.accelerator, state.engine, state.optimizer
     rank, first_step = accelerator.process_index, settings.first_step
@@ -92,14 +93,16 @@ def train(
                 raise _stopped(actions, moment, guard.number)
         for action in actions:
             action.finish(moment)
+        if moment.not_saved is not None and tracker.is_main:
+            warn(f"the run ends without checkpoint-{moment.step}: {moment.not_saved}")
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise _out_of_memory(moment) from None
         raise
     finally:
-        guard.release()
         for action in actions:
             action.close()
+        guard.release()  # last: who comes to its end first lets the launcher end the others, and some may still write
         tracker.close()
 
 

@@ -26,6 +26,7 @@ BEAT_SECONDS = 1.0  # between two signs of life
 LOOK_SECONDS = 5.0  # how long one looks for them after a collective has failed
 LEAVE_SECONDS = 10.0  # for the main thread to come out of a collective by itself, when the others are told to end
 DONE = "-"  # the last words of a process that ended well
+QUIET_SECONDS = 15.0  # without any: its part of a save is not waited for; launchers kill 30 s after they ask to end
 DEAD_SHARE = 0.9  # of the time-out without a sign of life: NCCL's watchdog would end the process without our line
 # what torch raises where the other end of a collective is gone; gloo's errors have no class of their own
 COLLECTIVE = (
@@ -36,6 +37,9 @@ COLLECTIVE = (
     "Broken pipe",
     "Timed out waiting",
 )
+
+
+_life: "_Life | None" = None  # of this process, within lost_process
 
 
 @contextlib.contextmanager
@@ -51,7 +55,9 @@ def lost_process(accelerator: accelerate.Accelerator, timeout_seconds: float) ->
     if accelerator.num_processes == 1:
         yield
         return
+    global _life
     life, words = _Life(accelerator, DEAD_SHARE * timeout_seconds), ""
+    _life = life
     try:
         yield
     except RuntimeError as error:
@@ -59,15 +65,20 @@ def lost_process(accelerator: accelerate.Accelerator, timeout_seconds: float) ->
             words = _words(error)
             raise
         if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # the launcher's, for the same reason: the line has to come out
+            # the launcher sends it for the same reason, and the line has to come out
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise UserError(life.explain(_first_line(error))) from None
     except BaseException as error:
         words = _words(error)
         raise
     finally:
+        _life = None
         life.close(words)
+
+
+def is_quiet(rank: int) -> bool:
+    """Whether the main process has heard nothing of another one for QUIET_SECONDS; False outside of `lost_process`."""
+    return _life is not None and rank in _life.quiet
 
 
 def private_store(name: str) -> torch.distributed.Store:
@@ -118,6 +129,8 @@ class _Life:
         now = time.monotonic()
         self._signs, self._heard = dict.fromkeys(self._others, b""), dict.fromkeys(self._others, now)
         self._last_words: dict[int, str] = {}
+        self.quiet: list[int] = []  # for QUIET_SECONDS
+        self._looked = now
         self._closing, self._asked, self._explained = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -127,7 +140,7 @@ class _Life:
         self._error = error
         self._asked.set()
         self._explained.wait(2 * LOOK_SECONDS)  # the store may hang with the machine that keeps it
-        return self._explanation if self._explained.is_set() else _silent([0], LOOK_SECONDS)
+        return self._explanation if self._explained.is_set() else line_of_silent([0], LOOK_SECONDS)
 
     def close(self, words: str) -> None:
         """Ends the signs of life, and leaves the last words of a process that failed."""
@@ -162,10 +175,12 @@ class _Life:
             self._read(self._watched, now)
             if self._store.check(["dead"]):
                 return self._store.get("dead").decode()
+        stood_still = now - self._looked > LOOK_SECONDS  # itself, so that it has heard nobody
+        self.quiet, self._looked = [] if stood_still else self._silent_since(self._watched, now - QUIET_SECONDS), now
         dead = self._silent_since(self._watched, now - self._dead_seconds)
         if not dead:
             return None
-        line = self._explained_by_words() or _silent(dead, self._dead_seconds)
+        line = self._explained_by_words() or line_of_silent(dead, self._dead_seconds)
         with contextlib.suppress(RuntimeError):
             self._store.set("dead", line)
         return line
@@ -186,7 +201,7 @@ class _Life:
         # what changed between the last look and the first of these says nothing about now
         silent = self._silent_since(self._others, start + 2 * BEAT_SECONDS)
         return (
-            _silent(silent, LOOK_SECONDS)
+            line_of_silent(silent, LOOK_SECONDS)
             if silent
             else (
                 "a collective failed, though all processes give signs of life: look at the network between the machines, or "
@@ -211,7 +226,7 @@ class _Life:
         return None
 
 
-def _silent(ranks: list[int], seconds: float) -> str:
+def line_of_silent(ranks: list[int], seconds: float) -> str:
     return (
         f"{named(ranks)} gave no sign of life for {seconds:.0f} s: killed, stopped, or on a machine that is gone; the "
         "same command goes on from the newest checkpoint"

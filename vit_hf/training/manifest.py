@@ -93,7 +93,7 @@ def find(output_dir: Path, resume_from: str) -> Found:
             return Path(resume_from), read_manifest(Path(resume_from)), {}
         except BrokenCheckpoint as error:
             raise UserError(f"--resume_from_checkpoint: {resume_from} cannot be used: {error}") from None
-    candidates = sorted(checkpoints(output_dir), key=_step, reverse=True)
+    candidates = sorted(checkpoints(output_dir), key=step_of, reverse=True)
     if resume_from == "none" and candidates:
         raise UserError(
             f"--output_dir {output_dir} holds {candidates[0].name} and --resume_from_checkpoint is none; choose another "
@@ -137,7 +137,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def later_than(output_dir: Path, step: int) -> list[Path]:
     """The checkpoints of later steps, which a resume from an earlier one makes obsolete."""
-    return [path for path in checkpoints(output_dir) if _step(path) > step]
+    return [path for path in checkpoints(output_dir) if step_of(path) > step]
 
 
 def move_aside(folder: Path) -> Path:
@@ -158,7 +158,7 @@ def remove_unfinished(output_dir: Path) -> None:
 def prune(output_dir: Path, total_limit: int) -> None:
     """Removes all whole checkpoints but the newest; folders of others stay. Raises OSError."""
     ours = [path for path in checkpoints(output_dir) if (path / "manifest.json").exists()]
-    for old in sorted(ours, key=_step)[:-total_limit]:
+    for old in sorted(ours, key=step_of)[:-total_limit]:
         unfinished = old.with_name(
             f"{old.name}.tmp"
         )  # a kill in the middle leaves nothing that looks like a checkpoint
@@ -166,7 +166,8 @@ def prune(output_dir: Path, total_limit: int) -> None:
         shutil.rmtree(old.rename(unfinished))
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint."""
     return int(NAME.fullmatch(folder.name)[1])
 
 

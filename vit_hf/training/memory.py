@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from vit_hf.errors import UserError
 
-FULL = (
-    "out of memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-)  # of CUDA, of the CPU's allocator, of cuBLAS and cuDNN
+# of CUDA, of the CPU's allocator, of cuBLAS and cuDNN
+FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -129,7 +126,7 @@ def _fits(model, objective, shape, num_classes, device, autocast, reserved_bytes
                 logits = model(pixel_values=pixel_values).logits
             objective(logits.float(), targets).backward()
         return True
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vit_hf.errors import UserError
 from vit_hf.training.leaving_out import LeavingOut
+from vit_hf.training.manifest import checkpoints, step_of
 from vit_hf.training.spikes import Spikes
 from vit_hf.training.state import TrainState
 from vit_hf.training.tracking import append_event
@@ -239,9 +240,10 @@ class NonFinite:
     def _advice(self, first: int) -> str:
         """The words that mend the run: from the newest checkpoint before the step `first`."""
         lower = f"--learning_rate {self._learning_rate / 3:.2g}" if self._learning_rate else "a lower --learning_rate"
-        found = [(int(path.name.split("-")[1]), path) for path in self._output_dir.glob("checkpoint-*[0-9]")]
-        before = max((pair for pair in found if pair[0] < first), default=None)
-        where = "" if before is None else f" --resume_from_checkpoint {before[1]}"
+        before = max(
+            (path for path in checkpoints(self._output_dir) if step_of(path) < first), key=step_of, default=None
+        )
+        where = "" if before is None else f" --resume_from_checkpoint {before}"
         how = f"start again with {lower}" if before is None else f"go on with --change learning_rate {lower}{where}"
         bf16 = ", or use bf16 instead of fp16 (accelerate's mixed_precision)" if self._scaled else ""
         return f"{how}; a longer --warmup_steps, --max_grad_norm 1.0 or --on_nonfinite skip may help too{bf16}"

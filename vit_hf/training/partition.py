@@ -23,9 +23,8 @@ class Partition:
     """
 
     name: str  # single, ddp, zero1, zero2, zero3 or fsdp2
-    gradient_norms: Tensor | None = (
-        None  # fp32 (P,), by trainable parameter, of this process's share, before the last clip
-    )
+    # fp32 (P,), by trainable parameter, of this process's share, before the last clip
+    gradient_norms: Tensor | None = None
 
     def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
         """
@@ -121,8 +120,10 @@ class Partition:
         self._accelerator.unscale_gradients()
         parameters = [p for p in self._parameters.values() if p.requires_grad and p.grad is not None]
         norms = torch._foreach_norm([parameter.grad for parameter in parameters])
-        self.gradient_norms = torch.stack([getattr(norm, "_local_tensor", norm) for norm in norms])
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        stacked = torch.stack(norms)
+        split = hasattr(stacked, "to_local")
+        self.gradient_norms = torch.stack([norm.to_local() for norm in norms]) if split else stacked
+        total = torch.linalg.vector_norm(stacked)
         if max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
         return total
@@ -186,7 +187,7 @@ def optimizer_state(base: torch.optim.Optimizer, parameter: Tensor, keys: tuple[
     """torch's state of one parameter, made as its first step makes it where there is none yet: zeros, which that step
     would start from."""
     state = base.state[parameter]
-    if state.get(keys[0] if keys else "step") is None and keys:  # SGD without momentum keeps nothing
+    if keys and state.get(keys[0]) is None:  # SGD without momentum keeps nothing
         if keys == MOMENTS["AdamW"]:  # the fused kernel counts on the device
             device = parameter.device if base.defaults["fused"] or base.defaults["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -195,8 +196,9 @@ def optimizer_state(base: torch.optim.Optimizer, parameter: Tensor, keys: tuple[
 
 
 def count_of(base: torch.optim.Optimizer) -> int:
-    """How many updates torch's optimizer has counted."""
-    return int(max((state["step"] for state in base.state.values() if "step" in state), default=0))
+    """How many updates torch's optimizer has counted; the counts of fused kernels are on the device: one host sync."""
+    steps = [state["step"] for state in base.state.values() if "step" in state]
+    return int(torch.stack(steps).max()) if steps else 0
 
 
 def set_count(state: dict[str, Tensor], steps: int) -> None:

@@ -91,9 +91,8 @@ class Schedule:
         would be more than `most` times in the run. An epoch may end in the midst of a batch: the step counts for it."""
         if every is not None:
             return Cadence(every, 1, self.total_steps)
-        before_last = (
-            (self.total_steps - 1) * self.global_batch_size // self.num_samples
-        )  # the last step comes in any case
+        # the last step comes in any case
+        before_last = (self.total_steps - 1) * self.global_batch_size // self.num_samples
         epochs = before_last // most + 1
         return Cadence(epochs * self.num_samples, self.global_batch_size, self.total_steps)
 

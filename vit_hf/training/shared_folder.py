@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import torch
 
 from vit_hf.errors import UserError
+from vit_hf.training import lost
 
 POLL_SECONDS = 0.05
 APPEARS_SECONDS = 10.0  # a network disk may take a while to show a file
@@ -25,21 +25,22 @@ class Answers:
 
     def __init__(self, accelerator: accelerate.Accelerator):
         self._accelerator = accelerator
-        self._store = None
-        if accelerator.num_processes > 1:
-            self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._store = lost.private_store("save") if accelerator.num_processes > 1 else None
 
     def tell(self, number: int, answer: dict[str, Any]) -> None:
         """The answer of this process to the save of this number. Raises RuntimeError where the store is gone."""
         self._store.set(self._key(number, self._accelerator.process_index), json.dumps(answer))
 
     def collect(self, number: int, timeout_seconds: float) -> list[dict[str, Any]]:
-        """The answers of all other processes. Raises SaveFailed where one does not come in time."""
+        """The answers of all other processes. Raises SaveFailed where one does not come in time, or its process is gone:
+        whoever ends the run then waits for this thread, and a launcher does not wait for long."""
         deadline = time.monotonic() + timeout_seconds
         answers = []
         for rank in range(1, self._accelerator.num_processes):
             key = self._key(number, rank)
-            while not self._store.check([key]):  # a wait of the store would hold it against the main thread
+            while not self._store.check([key]):
+                if lost.is_quiet(rank):
+                    raise SaveFailed(lost.line_of_silent([rank], lost.QUIET_SECONDS))
                 if time.monotonic() > deadline:
                     raise SaveFailed(
                         f"process {rank} has not written its part within {timeout_seconds:g} s (--ddp_timeout)"
@@ -51,7 +52,7 @@ class Answers:
 
     @staticmethod
     def _key(number: int, rank: int) -> str:
-        return f"vit_hf/save/{number}/{rank}"
+        return f"{number}/{rank}"
 
 
 def check_shared(accelerator: accelerate.Accelerator, output_dir: Path) -> None:

@@ -31,9 +31,9 @@ from vit_hf.errors import UserError
 from vit_hf.training.lost import LEAVE_SECONDS, end_at_once, named, private_store
 
 POLL_SECONDS = 0.25  # between two looks into the store
-ANSWER_SECONDS = (
-    20.0  # launchers kill 30 s after SIGTERM; no call of a library keeps a thread from running for so long in a step
-)
+# launchers kill 30 s after SIGTERM; no call of a library keeps a thread from running for so long in a step
+ANSWER_SECONDS = 20.0
+CLOSE_SECONDS = 2.0  # for the thread to come out of the store when the loop is over
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 OVER = 1 << 62  # the number of a loop that is over
 
@@ -149,7 +149,9 @@ class _Agreement:
             self._waker.send(b"\0")
         except BlockingIOError:  # enough has come to wake it
             pass
-        self._thread.join()
+        self._thread.join(timeout=CLOSE_SECONDS)
+        if self._thread.is_alive():  # the store hangs with the machine that keeps it
+            return
         if not self._written:
             with contextlib.suppress(RuntimeError):  # the store may be gone with whoever kept it
                 self._store.set(f"step/{self._rank}", str(OVER))

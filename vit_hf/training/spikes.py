@@ -36,7 +36,7 @@ class Spikes:
         if len(self._losses) >= LEAST_HISTORY:
             median = statistics.median(self._losses)
             spread = 1.4826 * statistics.median(abs(one - median) for one in self._losses)
-            spread = max(spread, 1e-3 * abs(median))  # losses that stand still: not every flicker is a spike
+            spread = max(spread, 1e-3 * abs(median), 1e-9)  # losses that stand still: not every flicker is a spike
             if loss - median > self._threshold * spread:
                 spike = {"loss": loss, "median": median, "deviations": round((loss - median) / spread, 1)}
         self._losses.append(loss)

@@ -18,13 +18,11 @@ from tqdm.auto import tqdm
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line cut off by a kill is left out; [] where there is no file."""
+    """The objects of a file of JSON lines; a line cut off by a kill is left out; [] where there is no file."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return lines
 
 

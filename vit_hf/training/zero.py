@@ -65,8 +65,7 @@ class Zero(Partition):
                 self.set_weight(name, before[name])
 
     def masters(self) -> list[Tensor]:
-        flats = {id(fragment.flat): fragment.flat.detach() for fragment in self._fragments.values()}
-        return list(flats.values())
+        return [flat.detach() for flat in self._flats()]
 
     def full_weight(self, name: str) -> Tensor:
         if name in self._frozen:
@@ -95,7 +94,7 @@ class Zero(Partition):
             fragment.of(self._state(fragment.flat)[key]).copy_(_part(tensor, fragment))
 
     def set_optimizer_steps(self, steps: int) -> None:
-        for flat in self.masters_of_optimizer():
+        for flat in self._flats():
             set_count(self._state(flat), steps)
 
     @torch.no_grad()
@@ -132,7 +131,7 @@ class Zero(Partition):
     def steps_left_out(self) -> int:
         return self._engine.skipped_steps
 
-    def masters_of_optimizer(self) -> list[Tensor]:
+    def _flats(self) -> list[Tensor]:
         """The flat tensors as the optimizer's state knows them."""
         return list({id(fragment.flat): fragment.flat for fragment in self._fragments.values()}.values())
 
