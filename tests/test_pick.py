@@ -24,7 +24,7 @@ def settings_classes():
                 yield pytest.param(module, node.name, id=node.name)
 
 
-@pytest.mark.parametrize(("module", "name"), settings_classes())
+@pytest.mark.parametrize(("module", "name"), list(settings_classes()))
 def test_each_field_of_settings_is_a_flag_of_the_same_default(module, name):
     """A command has fewer flags than a run: what it does not have keeps the settings' default, which has to be the run's.
     No command trains."""
