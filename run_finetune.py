@@ -70,9 +70,9 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     inputs = pick(data.PreprocessingSettings, args)
     preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, inputs)
 
+    schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     batch_settings = pick(training.BatchSettings, args)
     plan = training.fit_batches(accelerator, model, cross_entropy, preprocessing.image_size, batch_settings)
-    schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     resolved = hub.resolve(accelerator, splits, model, preprocessing, plan, schedule, folder.changed)
     accelerator.print(hub.describe(flags, resolved, plan, schedule))
     if args.dry_run:
