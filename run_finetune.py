@@ -64,14 +64,15 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     which = pick(models.ModelSettings, args)
     with model_errors(args.preset, args.model_name_or_path):
         model = models.make_model(splits.class_names, which)
+        training.freeze_parameters(model, args.freeze)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
     sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
     inputs = pick(data.PreprocessingSettings, args)
     preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, inputs)
 
+    schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     batch_settings = pick(training.BatchSettings, args)
     plan = training.fit_batches(accelerator, model, cross_entropy, preprocessing.image_size, batch_settings)
-    schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     resolved = hub.resolve(accelerator, splits, model, preprocessing, plan, schedule, folder.changed)
     accelerator.print(hub.describe(flags, resolved, plan, schedule))
     if args.dry_run:
@@ -83,18 +84,17 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
 
     # Model and optimizer on the device, as the checkpoint left them
     files = training.files_of(accelerator, model, preprocessing.image_processor())
-    optimizer = pick(training.OptimizerSettings, args, betas=(args.adam_beta1, args.adam_beta2))
-    state = training.prepare(accelerator, model, plan, optimizer=optimizer, max_grad_norm=args.max_grad_norm,
-                             ema_decay=args.ema_decay, gradient_checkpointing=args.gradient_checkpointing,
-                             torch_compile=args.torch_compile, freeze=args.freeze)  # fmt: skip
+    state = training.prepare(accelerator, model, plan, optimizer=pick(training.OptimizerSettings, args),
+                             max_grad_norm=args.max_grad_norm, ema_decay=args.ema_decay,
+                             gradient_checkpointing=args.gradient_checkpointing, torch_compile=args.torch_compile)  # fmt: skip
     record = training.record_of(state, folder, run, plan, schedule, args.torch_compile)
     training.resume(state, files, folder, record, schedule)
 
     # Images to the device, and what is done to them there
     loading = pick(data.LoadingSettings, args)
     report = data.DataReport(accelerator, args.on_bad_image, folder.events(), folder.record)
-    steps = data.StepPlan(args.seed, folder.step, schedule.total_steps, accelerator.num_processes,
-                          accelerator.process_index, plan.micro_batch_size, plan.accumulation)  # fmt: skip
+    steps = data.StepPlan(args.seed, folder.step, schedule.total_steps, processes.num_processes, processes.rank,
+                          plan.micro_batch_size, plan.accumulation)  # fmt: skip
     batches, crop = data.train_batches(rows, preprocessing, steps, processes, loading, report.train)
     eval_batches = data.eval_batches(eval_rows, preprocessing, processes, loading, report.eval)
     augment = data.make_augment(pick(data.AugmentSettings, args), preprocessing, accelerator.device, seed=args.seed,

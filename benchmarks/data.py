@@ -339,7 +339,7 @@ def training(folder: Path, device: torch.device) -> dict[str, Turn]:
         torch.manual_seed(0)
         model = from_preset(preset, [str(k) for k in range(10)], {})
         return prepare_state(
-            accelerator, model, plan, optimizer=OptimizerSettings("adamw", 1e-3, 0.1), max_grad_norm=1.0
+            accelerator, model, plan, optimizer=OptimizerSettings("adamw_torch", 1e-3, 0.1), max_grad_norm=1.0
         )
 
     plan = plan_batches(batch_size, 1, None)

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.runs import ROOT
 from vit_hf.arguments import (
@@ -11,8 +12,8 @@ from vit_hf.arguments import (
     check_augmentation,
     identity,
     parse,
+    plain,
     read_config,
-    write_run_config,
 )
 from vit_hf.errors import ArgumentError
 
@@ -45,7 +46,8 @@ def test_run_config_reads_back_as_it_was_written(tmp_path):
         ["--learning_rate", "3e-5", "--subset_classes", "cat,ship", "--max_steps", "7", "--freeze", "layers.0-3"],
         prog="p",
     )
-    write_run_config(args, {"total_steps": 7}, tmp_path / "run_config.yaml")
+    content = yaml.safe_dump({**plain(args), "resolved": {"total_steps": 7}}, sort_keys=False)
+    (tmp_path / "run_config.yaml").write_text(content)
     again = parse(RunArguments, ["--config", str(tmp_path / "run_config.yaml")], prog="p")
     assert again == args and identity(again) == identity(args)
 
@@ -71,7 +73,7 @@ def test_the_open_end_of_a_range_is_refused(flags):
 @pytest.mark.parametrize(
     ("word", "said"),
     [("--bf16", "accelerate launch --mixed_precision bf16"), ("--gradient_accumulation_steps", "--per_device_train_batch_size"),
-     ("--hub_token", "hf auth login"), ("--zzz", "--help lists")],
+     ("--hub_token", "hf auth login"), ("--fsdp", "accelerate_configs/fsdp2.yaml"), ("--save_strategy", "--save_steps"), ("--zzz", "--help lists")],
 )  # fmt: skip
 def test_flags_of_other_scripts_are_told_their_place(word, said):
     with pytest.raises(ArgumentError, match=said):

@@ -113,7 +113,7 @@ def test_a_flag_wins_over_the_file_and_over_the_files_alternative(tmp_path):
         (r"--eval_split.*dev.*test", dict(eval_split="dev")),
         (r"--subset_classes.*eleven", dict(subset_classes="3,eleven")),
         (r"--subset_per_class", dict(subset_per_class=5000)),
-        (r"--resume_from_checkpoint: .*nowhere cannot be used", dict(resume_from_checkpoint="/nowhere")),
+        (r"--resume_from_checkpoint: /nowhere is no folder; allowed are auto, none,", dict(resume_from_checkpoint="/nowhere")),
         (r"model /nowhere cannot be loaded: no such folder", dict(preset=None, config_overrides=None, model_name_or_path="/nowhere")),
     ],
 )  # fmt: skip

@@ -165,3 +165,11 @@ def test_a_model_of_an_earlier_version_is_scored_on_what_it_held_out(tmp_path):
         (tmp_path / "run_config.yaml").write_text(text)
         assert trained_split_seed(str(tmp_path)) == expected
     assert trained_split_seed(str(tmp_path / "nothing")) == 0
+
+
+def test_a_checkpoint_says_which_images_its_run_held_out(tmp_path):
+    from tests.runs import DEMO_DEFAULTS, in_process
+    from vit_hf.data.sets.names import trained_split_seed
+
+    in_process("pretrain", **{**DEMO_DEFAULTS, "max_steps": 1, "warmup_steps": 0}, split_seed=7, output_dir=tmp_path)
+    assert trained_split_seed(str(tmp_path)) == trained_split_seed(str(tmp_path / "checkpoint-1")) == 7

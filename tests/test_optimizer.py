@@ -62,7 +62,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_set_learning_rate_scales_each_group():
     groups = parameter_groups(model_of(), weight_decay=0.1, layer_decay=0.5)
-    optimizer = make_optimizer(groups, OptimizerSettings("adamw_torch", 1.0, betas=(0.9, 0.95)))
+    optimizer = make_optimizer(groups, OptimizerSettings("adamw_torch", 1.0, adam_beta1=0.9, adam_beta2=0.95))
     set_learning_rate(optimizer, 0.02)
     assert {group["lr"] for group in optimizer.param_groups} == {0.02 * 0.5**power for power in range(5)}
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
@@ -74,7 +74,7 @@ def two_steps(optim: str) -> tuple[torch.Tensor, torch.Tensor]:
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.ones_(layer.bias)
     groups = parameter_groups(layer, weight_decay=0.1, layer_decay=1.0)
-    optimizer = make_optimizer(groups, OptimizerSettings(optim, 0.0, betas=(0.9, 0.99), momentum=0.5))
+    optimizer = make_optimizer(groups, OptimizerSettings(optim, 0.0, adam_beta2=0.99, momentum=0.5))
     set_learning_rate(optimizer, 0.5)
     for gradient in (1.0, 2.0):
         layer.weight.grad, layer.bias.grad = torch.full((1, 1), gradient), torch.full((1,), gradient)

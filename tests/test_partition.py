@@ -30,13 +30,15 @@ class TwoLayers(nn.Module):
         return self.classifier(self.encoder(values))
 
 
-def fresh(optimizer=ADAMW, model=None, **settings):
+def fresh(optimizer=ADAMW, model=None, freeze=(), **settings):
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     torch.manual_seed(0)
     accelerator = build_accelerator(60)
     plan = BatchPlan(8, 1, 8, 1)
-    return prepare(accelerator, model or TwoLayers(), plan, optimizer=optimizer, max_grad_norm=1.0, **settings)
+    model = model or TwoLayers()
+    freeze_parameters(model, freeze)
+    return prepare(accelerator, model, plan, optimizer=optimizer, max_grad_norm=1.0, **settings)
 
 
 def step(state, number):

@@ -92,7 +92,9 @@ def test_the_first_step_of_an_epoch_holds_no_earlier_image():
 
 def due(course: Schedule, every: int | None, **most: int) -> list[int]:
     cadence = course.cadence(every, **most)
-    return [step for step in range(1, course.total_steps + 1) if cadence.is_due(step)]
+    steps = [step for step in range(1, course.total_steps + 1) if cadence.is_due(step)]
+    assert cadence.times == len(steps)
+    return steps
 
 
 def test_once_an_epoch_is_the_step_that_ends_it():

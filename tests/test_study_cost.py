@@ -26,6 +26,17 @@ def test_cost_is_images_over_speed(tmp_path):
     assert cost.disk_bytes == 4 * parameters * (2 * 3 + 1)
 
 
+def test_a_long_run_evaluates_and_saves_at_most_a_hundred_times(tmp_path):
+    """475 epochs of digits' 1,347 images: every fifth one, and the last step."""
+    cell = cell_of(tmp_path, max_steps=20_000, eval_steps="none", save_steps="none", save_total_limit="none")
+    cost = estimate_cost(cell, images_per_second=1)
+    assert cost.seconds == pytest.approx(10 + 20_000 * 32 + 96 * 101 / 3)
+    few = estimate_cost(
+        cell_of(tmp_path, max_steps=20_000, eval_steps="none", save_steps="none", save_total_limit=1), 1
+    )
+    assert cost.disk_bytes / few.disk_bytes == pytest.approx((96 * 3 + 1) / (2 * 3 + 1))
+
+
 def test_images_of_known_sets_and_subsets(tmp_path):
     def counts(**flags):
         return image_counts(cell_of(tmp_path, max_eval_samples=10**9, **flags))

@@ -108,7 +108,7 @@ def test_randaugment_out_of_range_is_refused(text):
         (parse_std, ("0", "0.1,0.2,0", "inf", "0.1,0.2,0.3,0.4"), "is not one number or three by comma, above 0"),
         (parse_workers, ("some", "-1", "513", "1.5"), "is not auto or a number from 0 to 512"),
         (parse_batch_size, ("0", "some", "2.5", "inf", "nan", "-8"), "is not auto or a whole number of 1 or more"),
-        (parse_trackers, ("mlflow", "wandb,"), "is not one of tensorboard, wandb, trackio, none"),
+        (parse_trackers, ("mlflow", "wandb,", "wandb,none"), "is not one of tensorboard, wandb, trackio; or give none alone"),
         (parse_classes, (" , ",), "' , ' names no class"),
         (listed_classes, ([], [" "]), "names no class"),
         (parse_overrides, ("pooling", "pooling=", "=mean", "pooling=[mean", 'pooling="mean', "pooling=: :"), "is not NAME=VALUE"),

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from tests.families import FAMILIES
 from vit_hf.models.presets import from_preset
 from vit_hf.training.accelerator import build_accelerator, end, share_buffers
+from vit_hf.training.freeze import freeze_parameters
 from vit_hf.training.optimizer import OptimizerSettings
 from vit_hf.training.schedule import plan_batches
 from vit_hf.training.state import prepare
@@ -35,16 +36,16 @@ def model_of(family):
     return from_preset(name, CLASSES, changes | none)
 
 
-def start(precision, accumulation, family="vit", optimizer=ADAMW, max_grad_norm=1.0, **settings):
+def start(precision, accumulation, family="vit", optimizer=ADAMW, max_grad_norm=1.0, freeze=(), **settings):
     """A fresh accelerator and state, as if the process had just been launched."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     accelerator = build_accelerator(60)
     plan = plan_batches(IMAGES, accelerator.num_processes, IMAGES // accelerator.num_processes // accumulation)
-    return prepare(
-        accelerator, model_of(family), plan, optimizer=optimizer, max_grad_norm=max_grad_norm, **settings
-    ), plan
+    model = model_of(family)
+    freeze_parameters(model, freeze)
+    return prepare(accelerator, model, plan, optimizer=optimizer, max_grad_norm=max_grad_norm, **settings), plan
 
 
 def images_of(state, step):

@@ -1,7 +1,7 @@
 """What a run is told: the flags of both scripts, their YAML file, and every check that needs no data and no model.
 
 fields.py       the flags by topic, each with its help, its range and whether it may change at a resume
-parser.py       flags over a YAML file over the defaults, as values; and the values as a YAML file again
+parser.py       flags over a YAML file over the defaults, as values; and the values as YAML has them
 values.py       what is more than a number or a word: read from text once, written as text again
 checks.py       flags that exclude or need each other
 pick.py         what one room of the package needs of them
@@ -14,7 +14,7 @@ torch, transformers or more of vit_hf than its errors, so that `--help` and a wr
 from vit_hf.arguments.checks import check, check_augmentation, check_loading, check_one_model, check_subset
 from vit_hf.arguments.fields import RunArguments
 from vit_hf.arguments.identity import MENDABLE, changes, identity, saved_identity, without_paths
-from vit_hf.arguments.parser import Parser, parse, plain, read_config, write_run_config
+from vit_hf.arguments.parser import Parser, parse, plain, read_config
 from vit_hf.arguments.pick import pick
 from vit_hf.arguments.values import RandAugment, RandomCrop
 
@@ -37,5 +37,4 @@ __all__ = [
     "read_config",
     "saved_identity",
     "without_paths",
-    "write_run_config",
 ]

@@ -1,4 +1,4 @@
-"""Flags over a YAML file over the defaults, as the values of a dataclass; and those values as a YAML file again.
+"""Flags over a YAML file over the defaults, as the values of a dataclass; and those values as YAML has them.
 
 Every value is held against its field here, and only here: what a function is handed later needs no second look.
 """
@@ -36,6 +36,10 @@ MOVED = {
     "deepspeed": "ZeRO is the launcher's: accelerate launch --config_file accelerate_configs/zero2.yaml",
     "gradient_accumulation_steps": "it is derived from --global_batch_size and --per_device_train_batch_size",
     "overwrite_output_dir": "nothing is overwritten: choose another --output_dir, or remove the folder",
+    "fsdp": "FSDP2 is the launcher's: accelerate launch --config_file accelerate_configs/fsdp2.yaml",
+    "lr": "it is called --learning_rate",
+    "eval_strategy": "evaluations come every --eval_steps, by default once an epoch",
+    "save_strategy": "checkpoints come every --save_steps, by default once an epoch",
     "do_train": "both scripts train and evaluate; to evaluate alone: vit-hf evaluate",
     "do_eval": "both scripts train and evaluate; to evaluate alone: vit-hf evaluate",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN; a token is never a flag",
@@ -181,13 +185,6 @@ def plain_of(item: dataclasses.Field, value: Any) -> Any:
 def plain(args: Any) -> dict[str, Any]:
     """The values of all flags as YAML and JSON have them, in the order of the fields."""
     return {item.name: plain_of(item, getattr(args, item.name)) for item in dataclasses.fields(args)}
-
-
-def write_run_config(args: Any, resolved: dict[str, Any], path: Path) -> None:
-    """Writes run_config.yaml: the flags, and what was derived from them (ignored when the file is read again)."""
-    temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump({**plain(args), "resolved": resolved}, sort_keys=False, allow_unicode=True))
-    temporary.replace(path)
 
 
 class Parser(argparse.ArgumentParser):

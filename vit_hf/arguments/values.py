@@ -200,7 +200,7 @@ def parse_trackers(text: str) -> tuple[str, ...]:
     names = () if text in ("none", "") else tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in known:
-            raise ValueError(f"{name!r} is not one of {', '.join(known)}, none")
+            raise ValueError(f"{name!r} is not one of {', '.join(known)}; or give none alone")
     return names
 
 

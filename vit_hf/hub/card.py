@@ -51,7 +51,8 @@ def write_card(
     origin = (
         f"fine-tuned from `{run['model_name_or_path']}`" if base else f"trained from scratch (`{flags['preset']}`)"
     )
-    lines += [f"A {KINDS[config.model_type]} {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters, "
+    trained = f" ({resolved['num_trained_parameters']:,} of them trained)" if flags["freeze"] else ""
+    lines += [f"A {KINDS[config.model_type]} {origin} on `{Path(dataset).name}` with vit_hf: {resolved['num_parameters'] / 1e6:.1f} M parameters{trained}, "
               f"{_size(config.image_size)} pixels, {config.num_labels} classes.", ""]  # fmt: skip
     lines += [
         f"| split | images | accuracy | top-5 accuracy | loss |\n|---|---|---|---|---|\n| {resolved['eval_split']} | "

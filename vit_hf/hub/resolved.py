@@ -41,6 +41,9 @@ def resolve(
         "subset": splits.subset or None,
         "subset_hash": splits.subset.get("subset_hash"),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_trained_parameters": sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        ),
         "image_size": list(preprocessing.image_size),
         "eval_resize": preprocessing.eval_resize,
         "resized_to": preprocessing.resized_to,
@@ -71,10 +74,12 @@ def describe(flags: dict[str, Any], resolved: dict[str, Any], plan: BatchPlan, s
     Args:
         flags: all of them, as plain values. resolved: of `resolve`.
     """
-    preset = flags["preset"]
+    preset, trained = flags["preset"], ""
+    if resolved["num_trained_parameters"] < resolved["num_parameters"]:
+        trained = f" ({resolved['num_trained_parameters']:,} of them trained)"
     return "\n".join([
         f"model: {preset or flags['model_name_or_path']}, from {'random' if preset else 'its'} weights, "
-        f"{resolved['num_parameters'] / 1e6:.2f} M parameters, {resolved['num_classes']} classes, "
+        f"{resolved['num_parameters'] / 1e6:.2f} M parameters{trained}, {resolved['num_classes']} classes, "
         f"{'x'.join(map(str, resolved['image_size']))} pixels",
         f"data: {flags['dataset_name']}, {resolved['train_samples']} training images ({resolved['train_split']}), "
         f"{resolved['eval_samples']} evaluation images ({resolved['eval_split']})",

@@ -5,7 +5,6 @@ Must not know: the data itself (of a set on the Hub only its published size).
 
 import functools
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,16 +163,13 @@ def estimate_cost(cell: Cell, images_per_second: float) -> Cost:
     training, evaluation, _ = image_counts(cell)
     settings = pick(ScheduleSettings, args, warmup_steps=None, warmup_ratio=None)
     schedule = make_schedule(training, settings)
-
-    def times(every: int | None) -> int:
-        return math.ceil(schedule.total_steps / every if every else schedule.epochs_after(schedule.total_steps))
-
-    work = schedule.total_steps * args.global_batch_size + times(args.eval_steps) * evaluation / 3
+    work = schedule.total_steps * args.global_batch_size + schedule.cadence(args.eval_steps).times * evaluation / 3
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(model_config(cell)).parameters())
     # fp32: weights, two moments of AdamW or the momentum of SGD, an average of the weights where there is one
     states = 4 * parameters * (1 + (2 if args.optim == "adamw_torch" else 1) + bool(args.ema_decay))
-    kept = min(times(args.save_steps), (args.save_total_limit or 10**9) + 1)  # a new one is written before one goes
+    saves = schedule.cadence(args.save_steps).times
+    kept = min(saves, (args.save_total_limit or saves) + 1)  # a new one is written before one goes
     return Cost(START_SECONDS + work / images_per_second, kept * states + 4 * parameters)
 
 

@@ -12,6 +12,7 @@ __getattr__ = front(
         "checkpoint": "Checkpoints",
         "fitting": "BatchSettings fit_batches",
         "folder": "begin open_folder record_of resume",
+        "freeze": "freeze_parameters",
         "loop": "train",
         "lost": "lost_process",
         "model_folder": "files_of",

@@ -186,7 +186,7 @@ def check_drawing(accelerator: accelerate.Accelerator, log_figures_steps: int | 
     if log_figures_steps and split:
         raise UserError(
             f"--log_figures_steps does not work with {split}, which leaves no process the whole model; use "
-            "ZeRO stage 1 or 2, or drop the flag and draw the finished model: vit-hf figures"
+            "ZeRO stage 1 or 2, or drop the flag and draw a checkpoint or the finished model: vit-hf figures"
         )
 
 

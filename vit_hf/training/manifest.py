@@ -89,6 +89,10 @@ def find(output_dir: Path, resume_from: str) -> Found:
         UserError: a path that is no whole checkpoint, `none` where there are checkpoints, one of another version's.
     """
     if resume_from not in ("auto", "none"):
+        if not Path(resume_from).is_dir():
+            raise UserError(
+                f"--resume_from_checkpoint: {resume_from} is no folder; allowed are auto, none, and the path of a checkpoint"
+            )
         try:
             return Path(resume_from), read_manifest(Path(resume_from)), {}
         except BrokenCheckpoint as error:

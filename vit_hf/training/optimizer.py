@@ -13,13 +13,14 @@ LAYER = re.compile(r"vit\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What the recipe says of the optimizer."""
+    """The optimizer, as the flags of the same names say."""
 
     optim: str  # adamw_torch or sgd
     learning_rate: float  # the peak
     weight_decay: float = 0.0
     layer_decay: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
     momentum: float = 0.9  # SGD's
 
 
@@ -53,7 +54,8 @@ def make_optimizer(groups: list[dict], settings: OptimizerSettings) -> torch.opt
     if settings.optim == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # one kernel over all parameters
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -91,8 +91,7 @@ class Schedule:
         would be more than `most` times in the run. An epoch may end in the midst of a batch: the step counts for it."""
         if every is not None:
             return Cadence(every, 1, self.total_steps)
-        # the last step comes in any case
-        before_last = (self.total_steps - 1) * self.global_batch_size // self.num_samples
+        before_last = (self.total_steps - 1) * self.global_batch_size // self.num_samples  # the last comes in any case
         epochs = before_last // most + 1
         return Cadence(epochs * self.num_samples, self.global_batch_size, self.total_steps)
 
@@ -110,6 +109,12 @@ class Cadence:
     period: int
     each: int
     total_steps: int
+
+    @property
+    def times(self) -> int:
+        """How often it happens in a whole run."""
+        before_last = self.total_steps - 1
+        return min(before_last, before_last * self.each // self.period) + 1
 
     def is_due(self, steps: int) -> bool:
         """Whether it happens after `steps` steps."""

@@ -1,4 +1,4 @@
-"""Everything that a step changes, and how it is put together from a model: frozen, compiled, handed to accelerate."""
+"""Everything that a step changes, and how it is put together from a model: compiled, handed to accelerate."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,6 @@ from torch import nn
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import apply_batch_plan
 from vit_hf.training.ema import EMA
-from vit_hf.training.freeze import freeze_parameters
 from vit_hf.training.optimizer import OptimizerSettings, make_optimizer, parameter_groups
 from vit_hf.training.partition import Partition, Whole
 from vit_hf.training.schedule import BatchPlan
@@ -39,19 +38,16 @@ def prepare(
     ema_decay: float = 0.0,
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
-    freeze: tuple[str, ...] = (),
 ) -> TrainState:
     """Model and optimizer on the device, behind DDP, ZeRO or FSDP2 where the launch says so.
 
     Args:
-        model: in fp32 on the CPU, the same on all processes.
+        model: in fp32 on the CPU, the same on all processes; parameters without `requires_grad` stay as they are.
         ema_decay: 0 keeps no average.
-        freeze: patterns of `freeze_parameters`.
 
     Raises:
         UserError: what this model or this partition cannot do.
     """
-    freeze_parameters(model, freeze)
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"--gradient_checkpointing: {type(model).__name__} has no checkpoints to recompute from")

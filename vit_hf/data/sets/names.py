@@ -49,13 +49,16 @@ class ImageSplits:
 
 
 def trained_split_seed(model: str) -> int:
-    """The --split_seed of the run that made a local model: it decides which images were held out of a set that has no
-    evaluation split of its own. 0 where nothing is said."""
-    try:
-        config = yaml.safe_load((Path(model) / "run_config.yaml").read_text())
-        return int(config.get("split_seed", config["seed"]))  # an older run had one seed for both
-    except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return 0
+    """The --split_seed of the run that made a local model or checkpoint: it decides which images were held out of a set
+    that has no evaluation split of its own. 0 where nothing is said."""
+    for name in ("run_config.yaml", "manifest.json"):  # the latter in a checkpoint
+        try:
+            content = yaml.safe_load((Path(model) / name).read_text())  # JSON is YAML too
+            run = content.get("run", content)
+            return int(run.get("split_seed", run["seed"]))  # an older run had one seed for both
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+            continue
+    return 0
 
 
 class Heads(dict):
