@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 ENGINES = {"cpu_2proc": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 PRECISIONS = ["no", "bf16"]
 STEPS, EACH = 21, 3
+THREADS = torch.get_num_threads()  # of a run in this process; those that are launched have one
 RUN = {
     **DEMO_DEFAULTS,
     "random_crop": "padding=3",
@@ -125,6 +126,7 @@ def test_an_engine_goes_on_as_the_uninterrupted_run(config, chain, whole):
     why = [f"engine {before} then, {ENGINES[config]} now"]
     if before == "single":
         why += ["num_processes 1 then, 2 now", "micro_batch_size 32 then, 16 now"]
+        why += [f"cpu_threads {THREADS} then, 1 now"] * (THREADS > 1)
     assert (event["step"], event["exact"], event["why"]) == (leg.start, False, why)
     assert f"resuming from {event['folder']}, not to the bit: {'; '.join(why)}\n" in leg.said
 
@@ -136,6 +138,7 @@ def test_one_process_goes_on_from_the_last_engine(chain, whole, tmp_path, capsys
     said = (
         "not to the bit: engine fsdp2 then, single now; num_processes 2 then, 1 now; micro_batch_size 16 then, 32 now"
     )
+    said += f"; cpu_threads 1 then, {THREADS} now" * (THREADS > 1)
     assert f"{last.handed_on}, {said}" in capsys.readouterr().out
     parts = [trajectory(whole["no"])[:EACH], *(trajectory(chain[c, "no"].folder)[:EACH] for c in ENGINES)]
     together = sum(parts, []) + trajectory(tmp_path / "run")

@@ -73,7 +73,7 @@ def read_runs(paths: list[Path]) -> tuple[dict[Path, tuple[str, list[dict[str, A
         name = real.name if [other.name for other in resolved].count(real.name) == 1 else str(path)
         lines, read, held = read_lines(path)
         if read < held:
-            notes.append(f"{name}: line {read + 1} of {held} in metrics.jsonl is damaged; it ends the run here")
+            notes.append(f"{name}: {held - read} of {held} lines in metrics.jsonl are damaged and left out")
         if lines:
             runs[path] = name, lines
         else:

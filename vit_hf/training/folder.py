@@ -148,6 +148,7 @@ def record_of(
         "mixed_precision": accelerator.mixed_precision,
         "micro_batch_size": plan.micro_batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_threads": torch.get_num_threads() if device.type == "cpu" else None,  # they cut sums into parts
         "vit_hf": vit_hf.__version__,
         "torch": torch.__version__,
         "torch_compile": torch_compile,
