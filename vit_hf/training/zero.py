@@ -59,6 +59,7 @@ class Zero(Partition):
                 "the DeepSpeed config keeps master weights in 16 bits; remove bf16_master_weights_and_grads or "
                 "fp16_master_weights_and_grads from it"
             )
+        self._clear_padding()
         self._frozen = {name: before[name] for name, p in self._parameters.items() if not p.requires_grad}
         if accelerator.mixed_precision != "no":
             for name in self.trainable_names():
@@ -130,6 +131,16 @@ class Zero(Partition):
 
     def steps_left_out(self) -> int:
         return self._engine.skipped_steps
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """The end of a share holds no weight, and whatever lay in that memory before, which may be NaN. Zeros stay zeros."""
+        for flat in self._flats():
+            weights = torch.zeros_like(flat)
+            for fragment in self._fragments.values():
+                if fragment.flat is flat:
+                    fragment.of(weights).copy_(fragment.of(flat))
+            flat.copy_(weights)
 
     def _flats(self) -> list[Tensor]:
         """The flat tensors as the optimizer's state knows them."""
