@@ -297,7 +297,7 @@ class CourseArguments:
         "stop", "a step whose gradients are not finite: stop, or leave it out and go on", same_run=True
     )
     spike_threshold: float = flag(
-        0.0, "record a loss that is so many robust deviations above the last ones, 0 is off", low=0, same_run=True
+        10.0, "record a loss that is so many robust deviations above the last ones, 0 is off", low=0, same_run=True
     )
     report_to: tuple[str, ...] = flag(
         (), "tensorboard, wandb, trackio (several by comma) or none", kind=TRACKERS, same_run=True
