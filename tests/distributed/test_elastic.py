@@ -114,6 +114,7 @@ def test_an_engine_goes_on_as_the_uninterrupted_run(config, chain, whole):
     """The same losses and gradient norms to the end, hence the same samples; the same learning rates, and the same
     evaluation of the average. That it cannot be to the bit, and why, is said in a line."""
     leg = chain[config, "no"]
+    assert f"engine: {ENGINES[config]}\n" in (leg.folder / "run_config.yaml").read_text()
     assert furthest(trajectory(leg.folder), rest(whole["no"], leg.start)) < 1e-5
     expected = [line for line in lines(whole["no"]) if line["step"] > leg.start]
     for key in ("learning_rate", "epoch", "images_seen"):

@@ -12,7 +12,7 @@ import transformers
 import vit_hf
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.names import ImageSplits
-from vit_hf.training.accelerator import zero_stage
+from vit_hf.training.accelerator import engine_name, zero_stage
 from vit_hf.training.schedule import BatchPlan, Schedule
 
 
@@ -57,6 +57,7 @@ def resolve(
         "micro_batch_size": plan.micro_batch_size,
         "accumulation": plan.accumulation,
         "mixed_precision": accelerator.mixed_precision,
+        "engine": engine_name(accelerator),
         "zero_stage": zero_stage(accelerator),
         "device": f"{plan.num_processes} x {name}" if device.type == "cuda" else name,
         **({"changed": changed} if changed else {}),
@@ -86,5 +87,5 @@ def describe(flags: dict[str, Any], resolved: dict[str, Any], plan: BatchPlan, s
         f"preprocessing: {resolved['preprocessing']}",
         f"plan: {plan}; {schedule.total_steps} steps, {schedule.warmup_steps} of warm-up, "
         f"{schedule.epochs_after(schedule.total_steps):.1f} epochs",
-        f"on: {resolved['device']}, mixed precision {resolved['mixed_precision']}, ZeRO stage {resolved['zero_stage']}",
+        f"on: {resolved['device']}, engine {resolved['engine']}, mixed precision {resolved['mixed_precision']}",
     ])  # fmt: skip

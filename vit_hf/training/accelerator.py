@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -101,6 +102,8 @@ def build_accelerator(
 
 def _keep_quiet(accelerator: accelerate.Accelerator) -> None:
     """Libraries say what matters, and their progress on the main process alone."""
+    # torch 2.13 has another name for it, which accelerate does not hand on yet
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not accelerator.is_main_process:
@@ -194,6 +197,15 @@ def zero_stage(accelerator: accelerate.Accelerator) -> int:
     """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
+
+
+def engine_name(accelerator: accelerate.Accelerator) -> str:
+    """What a model trains behind here, as its Partition is called: single, ddp, zero1, zero2, zero3 or fsdp2."""
+    if stage := zero_stage(accelerator):
+        return f"zero{stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
 
 
 def apply_batch_plan(accelerator: accelerate.Accelerator, plan: BatchPlan, max_grad_norm: float) -> None:
