@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vit_hf.errors import UserError
@@ -214,7 +215,9 @@ class NonFinite:
             what = f"{row} steps one after the other had to be left out; {what}"
         if "parameter" in details:
             what += f", in the backward pass first that of {details['parameter']}"
-        raise UserError(f"{what}; {self._advice(first)}")
+        # a save may be ending just now: what the main process sees of the folder is said by all
+        (advice,) = broadcast_object_list([self._advice(first)])
+        raise UserError(f"{what}; {advice}")
 
     def _details(self, seen: list[Numbers], first: int) -> dict[str, object]:
         """What an event says: the first step that broke, and where."""
