@@ -26,7 +26,7 @@ demo: .venv/installed
 	@echo "folders:         runs/demo/{pretrain_glyphs,finetune_digits,scratch_digits}, each a Hub model folder"
 	@echo "next:            $(BIN)/vit-hf evaluate runs/demo/finetune_digits --dataset_name digits"
 
-# two workers take two thirds of the time of one; a file's tests stay on one, for they share launches
+# on two workers; a file's tests stay on one, for they share launches
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: .venv/installed-test

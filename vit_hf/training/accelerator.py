@@ -184,8 +184,7 @@ def _set_up_deepspeed(plugin: DeepSpeedPlugin) -> None:
 
 def check_drawing(accelerator: accelerate.Accelerator, log_figures_steps: int | None) -> None:
     """Raises UserError where figures are asked for and no process holds the whole model."""
-    split = {DistributedType.FSDP: "FSDP2"}.get(accelerator.distributed_type)
-    split = "DeepSpeed ZeRO stage 3" if zero_stage(accelerator) == 3 else split
+    split = {"zero3": "DeepSpeed ZeRO stage 3", "fsdp2": "FSDP2"}.get(engine_name(accelerator))
     if log_figures_steps and split:
         raise UserError(
             f"--log_figures_steps does not work with {split}, which leaves no process the whole model; use "
@@ -200,7 +199,7 @@ def zero_stage(accelerator: accelerate.Accelerator) -> int:
 
 
 def engine_name(accelerator: accelerate.Accelerator) -> str:
-    """What a model trains behind here, as its Partition is called: single, ddp, zero1, zero2, zero3 or fsdp2."""
+    """What a model trains behind here: single, ddp, zero1, zero2, zero3 or fsdp2."""
     if stage := zero_stage(accelerator):
         return f"zero{stage}"
     if accelerator.distributed_type == DistributedType.FSDP:

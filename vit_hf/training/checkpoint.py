@@ -31,7 +31,7 @@ from torch import Tensor
 import vit_hf
 from vit_hf.errors import UserError
 from vit_hf.training.accelerator import share_buffers
-from vit_hf.training.ema import averaged_buffers
+from vit_hf.training.ema import averaged_buffers, saved_buffers
 from vit_hf.training.files import Description, sync_folder, write_bytes, write_tensors
 from vit_hf.training.manifest import FORMAT, move_aside, prune, remove_unfinished, seal, shard_name
 from vit_hf.training.model_folder import ModelFolder
@@ -223,7 +223,7 @@ def load(state: TrainState, model_folder: ModelFolder, folder: Path, manifest: d
             wanted |= {f"weight.{name}": model_folder.shapes[name] for name in trainable}
             wanted |= {f"buffer.{name}": model_folder.shapes[name] for name in averaged}
         stored.check(wanted)
-        buffers = _saved_buffers(state)
+        buffers = saved_buffers(state.model)
         for name in partition.parameter_names():
             partition.set_weight(name, stored.read(model_folder.names[name]))
         for name, buffer in buffers.items():
@@ -296,7 +296,7 @@ def model_on_host(state: TrainState) -> dict[str, Tensor]:
             if main:
                 copies[name] = _on_host(weight)
         if main:
-            copies |= {name: _on_host(buffer) for name, buffer in _saved_buffers(state).items()}
+            copies |= {name: _on_host(buffer) for name, buffer in saved_buffers(state.model).items()}
     return copies
 
 
@@ -330,11 +330,6 @@ def _copies(state: TrainState, model_folder: ModelFolder) -> tuple[dict[str, Ten
 def _on_host(tensor: Tensor) -> Tensor:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", dtype, copy=True).contiguous()
-
-
-def _saved_buffers(state: TrainState) -> dict[str, Tensor]:
-    saved = state.model.state_dict(keep_vars=True)
-    return {name: buffer.detach() for name, buffer in state.model.named_buffers() if name in saved}
 
 
 def _reason(error: Exception) -> str:

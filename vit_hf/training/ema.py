@@ -73,6 +73,11 @@ def _move(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
 
 
 def averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """{name: buffer} that is averaged: what is saved and not computed (a table of sines stays as it is)."""
+    """{name: buffer} that is averaged, such as BatchNorm's statistics."""
+    return {name: buffer for name, buffer in saved_buffers(model).items() if buffer.is_floating_point()}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """{name: buffer} that is saved with the model and not computed (a table of sines is)."""
     saved = model.state_dict(keep_vars=True)
-    return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

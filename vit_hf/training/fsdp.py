@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
 
-from vit_hf.training.partition import Partition, count_of, optimizer_state, set_count
+from vit_hf.training.partition import Partition
 
 
 class Fsdp2(Partition):
     """The shards of this process are the fp32 masters; low-precision copies live only between gathering and use."""
-
-    name = "fsdp2"
 
     def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
         super().__init__(accelerator, model, optimizer)
@@ -28,30 +26,20 @@ class Fsdp2(Partition):
         return self._parameters[name].detach().full_tensor()
 
     def full_moment(self, name: str, key: str) -> Tensor:
-        return self._state(name)[key].full_tensor()
-
-    def optimizer_steps(self) -> int:
-        return count_of(self._base_optimizer())
+        return self._state(self._parameters[name])[key].full_tensor()
 
     def set_weight(self, name: str, tensor: Tensor) -> None:
         self._write(self._parameters[name].detach(), tensor)
 
     def set_moment(self, name: str, key: str, tensor: Tensor) -> None:
-        self._write(self._state(name)[key], tensor)
-
-    def set_optimizer_steps(self, steps: int) -> None:
-        for name in self.trainable_names():
-            set_count(self._state(name), steps)
+        self._write(self._state(self._parameters[name])[key], tensor)
 
     def refresh(self) -> None:
         for module in self._sharded:  # after an evaluation the outermost one still holds gathered weights
             module.reshard()
 
     def clip(self, max_grad_norm: float) -> Tensor:
-        return self._clip(max_grad_norm).full_tensor()
-
-    def _state(self, name: str) -> dict[str, Tensor]:
-        return optimizer_state(self._base_optimizer(), self._parameters[name], self.moment_keys())
+        return super().clip(max_grad_norm).full_tensor()
 
     @torch.no_grad()
     def _write(self, sharded: Tensor, whole: Tensor) -> None:

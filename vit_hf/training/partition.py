@@ -12,6 +12,8 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
+from vit_hf.training.accelerator import engine_name
+
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 Scaler = dict[str, float | int | bool]
 
@@ -22,7 +24,7 @@ class Partition:
     Frozen parameters have weights, but no master and no moments.
     """
 
-    name: str  # single, ddp, zero1, zero2, zero3 or fsdp2
+    name: str  # of `engine_name`
     # fp32 (P,), by trainable parameter, of this process's share, before the last clip
     gradient_norms: Tensor | None = None
 
@@ -32,6 +34,7 @@ class Partition:
             model: as it was built, after `accelerator.prepare`.
             optimizer: as `accelerator.prepare` returned it.
         """
+        self.name = engine_name(accelerator)
         self._accelerator = accelerator
         self._optimizer = optimizer
         self._parameters = dict(model.named_parameters())
@@ -70,7 +73,7 @@ class Partition:
 
     def optimizer_steps(self) -> int:
         """How many updates AdamW has counted; 0 for SGD, which does not count."""
-        raise NotImplementedError
+        return count_of(self._base_optimizer())
 
     def set_weight(self, name: str, tensor: Tensor) -> None:
         """Writes a whole weight (on the CPU, the same on all processes) into the masters. Call `refresh` after the last."""
@@ -82,7 +85,8 @@ class Partition:
 
     def set_optimizer_steps(self, steps: int) -> None:
         """Sets AdamW's count of updates, from which its bias correction follows; nothing for SGD."""
-        raise NotImplementedError
+        for name in self.trainable_names():
+            set_count(self._state(self._parameters[name]), steps)
 
     def refresh(self) -> None:
         """Lets the low-precision copies and the replicas follow the masters."""
@@ -105,7 +109,8 @@ class Partition:
             scaler.load_state_dict(now | {"scale": state["scale"], "_growth_tracker": good_steps})
 
     def clip(self, max_grad_norm: float) -> Tensor:
-        """Clips the gradients where the engine has not done it, between the last backward and the optimizer's step.
+        """Clips the gradients where the engine has not done it, between the last backward and the optimizer's step; keeps
+        the norms that it takes on its way.
 
         Args:
             max_grad_norm: 0 does not clip.
@@ -113,10 +118,6 @@ class Partition:
         Returns:
             The norm before, a scalar fp32 on the device; NaN or infinite where a gradient is.
         """
-        raise NotImplementedError
-
-    def _clip(self, max_grad_norm: float) -> Tensor:
-        """torch's clip_grad_norm_, which keeps the norms that it takes on its way."""
         self._accelerator.unscale_gradients()
         parameters = [p for p in self._parameters.values() if p.requires_grad and p.grad is not None]
         norms = torch._foreach_norm([parameter.grad for parameter in parameters])
@@ -146,13 +147,13 @@ class Partition:
         """torch's own optimizer, under what accelerate and DeepSpeed put around it."""
         return self._optimizer.optimizer
 
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What torch's optimizer keeps of one of its parameters."""
+        return optimizer_state(self._base_optimizer(), parameter, self.moment_keys())
+
 
 class Whole(Partition):
     """One process, or DDP: every process holds all weights in fp32 and all of the optimizer's state."""
-
-    def __init__(self, accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any):
-        super().__init__(accelerator, model, optimizer)
-        self.name = "ddp" if accelerator.num_processes > 1 else "single"
 
     def masters(self) -> list[Tensor]:
         return [self._parameters[name].detach() for name in self.trainable_names()]
@@ -161,26 +162,13 @@ class Whole(Partition):
         return self._parameters[name].detach()
 
     def full_moment(self, name: str, key: str) -> Tensor:
-        return self._state(name)[key]
-
-    def optimizer_steps(self) -> int:
-        return count_of(self._base_optimizer())
+        return self._state(self._parameters[name])[key]
 
     def set_weight(self, name: str, tensor: Tensor) -> None:
         self.full_weight(name).copy_(tensor)
 
     def set_moment(self, name: str, key: str, tensor: Tensor) -> None:
-        self._state(name)[key].copy_(tensor)
-
-    def set_optimizer_steps(self, steps: int) -> None:
-        for name in self.trainable_names():
-            set_count(self._state(name), steps)
-
-    def clip(self, max_grad_norm: float) -> Tensor:
-        return self._clip(max_grad_norm)
-
-    def _state(self, name: str) -> dict[str, Tensor]:
-        return optimizer_state(self._base_optimizer(), self._parameters[name], self.moment_keys())
+        self._state(self._parameters[name])[key].copy_(tensor)
 
 
 def optimizer_state(base: torch.optim.Optimizer, parameter: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_hf.errors import UserError
-from vit_hf.training.partition import Partition, Scaler, count_of, optimizer_state, set_count
+from vit_hf.training.partition import Partition, Scaler, set_count
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,8 @@ class Zero(Partition):
                 bits DeepSpeed rounds the model before it copies the masters, which are therefore written again.
         """
         super().__init__(accelerator, model, optimizer)
-        stage = engine.zero_optimization_stage()
-        self.name = f"zero{stage}"
         self._engine, self._zero = engine, engine.optimizer
-        self._fragments = self._fragments_3() if stage == 3 else self._fragments_1_2()
+        self._fragments = self._fragments_3() if self.name == "zero3" else self._fragments_1_2()
         if any(fragment.flat.dtype != torch.float32 for fragment in self._fragments.values()):
             raise UserError(
                 "the DeepSpeed config keeps master weights in 16 bits; remove bf16_master_weights_and_grads or "
@@ -77,9 +75,6 @@ class Zero(Partition):
     def full_moment(self, name: str, key: str) -> Tensor:
         fragment = self._fragments.get(name)
         return self._whole(name, fragment and fragment.of(self._state(fragment.flat)[key]))
-
-    def optimizer_steps(self) -> int:
-        return count_of(self._base_optimizer())
 
     @torch.no_grad()
     def set_weight(self, name: str, tensor: Tensor) -> None:
@@ -148,9 +143,6 @@ class Zero(Partition):
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self._zero.optimizer
-
-    def _state(self, flat: Tensor) -> dict[str, Tensor]:
-        return optimizer_state(self._base_optimizer(), flat, self.moment_keys())
 
     def _whole(self, name: str, part: Tensor | None) -> Tensor:
         """Puts a tensor together from the fragments. The sum is over bits, so that -0.0 and NaN stay what they are."""
