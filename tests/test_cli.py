@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.runs import DEMO_DEFAULTS, in_process, python
 from vit_hf.cli import dispatch
-from vit_hf.commands.evaluate import match_classes
+from vit_hf.commands.given import match_classes
 from vit_hf.errors import ArgumentError, UserError
 
 

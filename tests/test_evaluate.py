@@ -152,9 +152,9 @@ def test_predictions_come_in_the_order_of_the_dataset():
         predict(model, batches, lambda pixels: normalise(pixels, MEAN, STD), accelerator)
         for batches in (batches_of(rows, 11), reversed(list(batches_of(rows, 3))))
     ]
-    assert found[0]["labels"].tolist() == found[1]["labels"].tolist() == rows["label"][:]
-    assert np.array_equal(found[0]["top5"], found[1]["top5"])
-    np.testing.assert_allclose(found[0]["log_likelihood"], found[1]["log_likelihood"], rtol=1e-5, atol=1e-5)
+    assert found[0].labels.tolist() == found[1].labels.tolist() == rows["label"][:]
+    assert np.array_equal(found[0].top5, found[1].top5) and found[1].index.tolist() == list(range(11))
+    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_of_an_earlier_version_is_scored_on_what_it_held_out(tmp_path):

@@ -63,14 +63,14 @@ def evaluated_pixels(monkeypatch):
 
     seen, predict = {}, module.predict
 
-    def watched(model, batches, normalise, accelerator):
+    def watched(model, batches, normalise, *others, **options):
         def taken():
             for batch in batches:
                 values = normalise(batch["pixel_values"])
                 seen.update(zip(batch["index"].tolist(), values.clone()))
                 yield batch
 
-        return predict(model, taken(), normalise, accelerator)
+        return predict(model, taken(), normalise, *others, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "predict", watched)

@@ -6,5 +6,6 @@ __getattr__ = front(
     __name__,
     {
         "evaluate": "evaluate_model",
+        "predictions": "Predictions read_predictions write_predictions",
     },
 )

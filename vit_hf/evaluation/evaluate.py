@@ -1,17 +1,20 @@
 """Evaluation on all processes, each sample counted exactly once. Knows no dataset: it is handed batches and a model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import accelerate
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vit_hf.errors import UserError
+from vit_hf.evaluation.predictions import FILE, Predictions, write_predictions
 
 METRICS = Path(__file__).parent / "metrics"
+COLUMNS = ("index", "labels", "top5", "probabilities", "loss", "brier", "scores")
 
 
 @torch.no_grad()
@@ -20,31 +23,78 @@ def predict(
     batches: Iterable[dict[str, Tensor]],
     normalise: Callable[[Tensor], Tensor],
     accelerator: accelerate.Accelerator,
-) -> dict[str, np.ndarray]:
+    class_names: Sequence[str] = (),
+    *,
+    loss: str = "softmax",
+    among: np.ndarray | None = None,
+) -> Predictions:
     """Runs the model over its share of the batches and gathers what the metrics need, in the order of the dataset.
 
     Args:
-        batches: equally many on each process; pixel_values uint8 (B, C, H, W), labels, index int64 (B,), valid bool (B,);
-            the index may be on the host.
+        batches: equally many on each process; pixel_values uint8 (B, C, H, W), labels int64 (B,) or, where an image has
+            several, float (B, K) of 0 and 1, index int64 (B,), valid bool (B,); the index may be on the host.
         normalise: uint8 (B, C, H, W) -> float.
+        class_names: of the model's classes.
+        loss: softmax or sigmoid: what makes probabilities of the logits.
+        among: int64 (k,), classes of the model: the others are no answer.
 
-    Returns:
-        top5 int64 (N, min(5, K)), log_likelihood float32 (N,), labels int64 (N,); the same on all processes.
+    Raises:
+        UserError: no sample could be evaluated.
     """
-    columns: dict[str, list[Tensor]] = {"top5": [], "log_likelihood": [], "labels": [], "index": [], "valid": []}
+    columns: dict[str, list[Tensor]] = {}
+    chosen = None if among is None else torch.as_tensor(np.asarray(among), device=accelerator.device)
     for batch in batches:
         logits = model(pixel_values=normalise(batch["pixel_values"])).logits.float()
-        columns["top5"].append(logits.topk(min(5, logits.shape[-1])).indices)
-        likelihoods = torch.log_softmax(logits, dim=-1)
-        columns["log_likelihood"].append(likelihoods.gather(1, batch["labels"][:, None])[:, 0])
-        for name in ("labels", "index", "valid"):
-            columns[name].append(batch[name])
+        answers = answer(logits, batch["labels"], loss, chosen)
+        for name, column in (answers | {name: batch[name] for name in ("labels", "index", "valid")}).items():
+            columns.setdefault(name, []).append(column)
     # one collective a column, after the last batch: no host sync between batches
     joined = {name: torch.cat(parts).to(accelerator.device) for name, parts in columns.items()}
     gathered = {name: accelerator.gather(column).cpu().numpy() for name, column in joined.items()}
     counted = np.flatnonzero(gathered["valid"])
     counted = counted[np.argsort(gathered["index"][counted], kind="stable")]
-    return {name: gathered[name][counted] for name in ("top5", "log_likelihood", "labels")}
+    if len(counted) == 0:
+        raise UserError("no image of the evaluation split decodes; look at --eval_split and --on_bad_image")
+    taken = {name: gathered[name][counted] for name in COLUMNS if name in gathered}
+    if taken["labels"].ndim == 2:
+        taken["labels"] = taken["labels"] > 0
+    return Predictions(**taken, class_names=tuple(class_names))
+
+
+def answer(logits: Tensor, labels: Tensor, loss: str = "softmax", among: Tensor | None = None) -> dict[str, Tensor]:
+    """What is kept of each image, on the device.
+
+    Args:
+        logits: float32 (B, K). labels: int64 (B,), or float (B, K) of 0 and 1.
+        loss: softmax: of several labels the probability is that of any of them. sigmoid: the sum over the classes.
+        among: int64 (k,).
+
+    Returns:
+        top5 int64 and probabilities float32 (B, min(5, k)), loss and brier float32 (B,); scores float32 (B, K) where
+        labels are (B, K).
+    """
+    if among is not None:
+        logits = torch.full_like(logits, -torch.inf).index_copy(1, among, logits.index_select(1, among))
+    several = labels.ndim == 2
+    truth = labels.float() if several else F.one_hot(labels, logits.shape[-1]).float()
+    best = logits.topk(min(5, logits.shape[-1] if among is None else len(among))).indices
+    if loss == "softmax":
+        likelihoods = torch.log_softmax(logits, dim=-1)
+        probabilities = likelihoods.exp()
+        if several:
+            losses = -likelihoods.masked_fill(truth == 0, -torch.inf).logsumexp(1)
+        else:
+            losses = -likelihoods.gather(1, labels[:, None])[:, 0]
+    else:
+        probabilities = logits.sigmoid()
+        losses = -(F.logsigmoid(logits) * truth + (F.logsigmoid(-logits) * (1 - truth))).nan_to_num(0.0).sum(1)
+    kept = {
+        "top5": best,
+        "probabilities": probabilities.gather(1, best),
+        "loss": losses,
+        "brier": (probabilities - truth).square().sum(1),
+    }
+    return kept | {"scores": probabilities} if several else kept
 
 
 def evaluate_model(
@@ -52,29 +102,46 @@ def evaluate_model(
     batches: Iterable[dict[str, Tensor]],
     normalise: Callable[[Tensor], Tensor],
     accelerator: accelerate.Accelerator,
+    class_names: Sequence[str] = (),
+    *,
+    loss: str = "softmax",
+    among: np.ndarray | None = None,
+    save_to: Path | None = None,
 ) -> dict[str, float]:
     """eval_loss (nats), eval_accuracy, eval_accuracy_top5 (in [0, 1]) and eval_samples; the same on all processes.
+
+    Args:
+        save_to: a folder that gets predictions.parquet, in place of an older one; arguments before it: of `predict`.
 
     Raises:
         UserError: no sample could be evaluated.
     """
-    predicted = predict(model, batches, normalise, accelerator)
-    if len(predicted["labels"]) == 0:
-        raise UserError("no image of the evaluation split decodes; look at --eval_split and --on_bad_image")
-    results = [_compute(predicted) if accelerator.is_main_process else None]
+    predictions = predict(model, batches, normalise, accelerator, class_names, loss=loss, among=among)
+    results = [measure(predictions) if accelerator.is_main_process else None]
+    if save_to is not None and accelerator.is_main_process:
+        write_predictions(Path(save_to) / FILE, predictions)
     return broadcast_object_list(results)[0]
 
 
-def _compute(predicted: dict[str, np.ndarray]) -> dict[str, float]:
+def metric(name: str, predictions: np.ndarray, references: np.ndarray, **options) -> dict:
+    """What a module of metrics/ computes."""
     import evaluate  # pulls in pandas: only where metrics are computed
 
-    def measure(name: str, predictions: np.ndarray) -> float:
-        metric = evaluate.load(str(METRICS / name), keep_in_memory=True)
-        return metric.compute(predictions=predictions, references=predicted["labels"])[name]
+    module = evaluate.load(str(METRICS / name), keep_in_memory=True)
+    return module.compute(predictions=predictions, references=references, **options)
 
-    return {
-        "eval_loss": measure("cross_entropy", predicted["log_likelihood"]),
-        "eval_accuracy": measure("accuracy", predicted["top5"][:, 0]),
-        "eval_accuracy_top5": measure("top5_accuracy", predicted["top5"]),
-        "eval_samples": len(predicted["labels"]),
-    }
+
+def measure(predictions: Predictions) -> dict[str, float]:
+    """eval_loss, eval_accuracy, eval_accuracy_top5 and eval_samples; one process is enough."""
+    labels = predictions.labels
+    if labels.ndim == 2:  # the metrics of one label take whether it was hit as the label
+        correct, hit = predictions.correct, predictions.hits(5)
+        accuracies = {"eval_accuracy": float(correct.mean()), "eval_accuracy_top5": float(hit.mean())}
+    else:
+        accuracies = {
+            "eval_accuracy": metric("accuracy", predictions.top5[:, 0], labels)["accuracy"],
+            "eval_accuracy_top5": metric("top5_accuracy", predictions.top5, labels)["top5_accuracy"],
+        }
+    references = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
+    loss = metric("cross_entropy", -predictions.loss, references)["cross_entropy"]
+    return {"eval_loss": loss, **accuracies, "eval_samples": len(predictions)}
