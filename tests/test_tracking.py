@@ -1,8 +1,10 @@
 """What a run leaves behind while it goes, and what a resumed run makes of it."""
 
+import io
 import json
 import resource
 import signal
+import sys
 
 import accelerate
 import pytest
@@ -161,6 +163,39 @@ def test_throughput_counts_training_time_alone(tmp_path, trackers, clock):
     assert tracker.window(600) == pytest.approx({"images_per_second": 100.0, "data_wait_fraction": 0.25})
     clock(2)  # and the next window starts anew
     assert tracker.window(600) == pytest.approx({"images_per_second": 300.0, "data_wait_fraction": 0.0})
+
+
+LOGGED = {"loss": 1.23456, "learning_rate": 1e-3, "grad_norm": 2.0, "images_per_second": 1234.5}
+
+
+def test_a_file_gets_a_line_for_each_of_the_log_and_no_bar(tmp_path, trackers, clock, capfd):
+    tracker = trackers(tmp_path, steps_done=2)
+    for _ in range(2):
+        clock(15)
+        tracker.step()
+    tracker.write({"step": 4, **LOGGED})
+    tracker.write({"step": 4, "eval_loss": 0.5, "eval_accuracy": 0.875})
+    clock(60)
+    tracker.write({"step": 10, **LOGGED, "loss": float("nan")})
+    tracker.write({"step": 10, "note": "nothing that is told"})
+    tracker.close()
+    assert capfd.readouterr().err.splitlines() == [
+        "step 4 of 10: loss 1.235, learning rate 0.001, 1,234 images/s, 1 min 30 s left",
+        "step 4 of 10: evaluation loss 0.5, evaluation accuracy 0.8750",
+        "step 10 of 10: loss nan, learning rate 0.001, 1,234 images/s",
+    ]
+
+
+def test_a_terminal_gets_the_bar(tmp_path, trackers, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tracker = trackers(tmp_path)
+    tracker.step()
+    tracker.write({"step": 1, **LOGGED})
+    tracker.close()
+    assert "| 1/10 [" in terminal.getvalue() and "loss=1.235" in terminal.getvalue()
+    assert "step 1 of 10" not in terminal.getvalue()
 
 
 def test_events_are_added_line_by_line(tmp_path):

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from PIL import __version__ as pillow_version
-from tqdm.auto import tqdm
 
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.cache_folder import cache_folder, hold, make_room, read_description, write_description
@@ -41,6 +40,7 @@ from vit_hf.data.resize import FILTERS, is_input, resized_on_host
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import SURROUNDINGS
+from vit_hf.progress import progress
 
 DECODED_BYTES = 8 << 30  # rows whose pixels take no more than this are decoded once
 RESIZED_BYTES = 64 << 20  # sets that as the model's input take no more than this are resized once, too
@@ -309,7 +309,7 @@ def _write(file: _File, rows: Rows, missing: np.ndarray, states: np.ndarray) -> 
     """Writes pixels, then what makes them count, part by part."""
     bad, unread = file.reasons() or {}, {}
     stored = rows if isinstance(rows, TableRows) else rows.as_stored()
-    bar = tqdm(total=len(missing), unit="image", desc="Decoding", disable=len(missing) < 5000, dynamic_ncols=True)
+    bar = progress(len(missing), "Decoding", "image", disable=len(missing) < 5000)
     with open(file.path, "r+b" if file.path.exists() else "w+b") as target, ThreadPoolExecutor() as pool, bar:
         target.truncate(file.size)
         for part in np.array_split(missing, max(1, -(-len(missing) * file.row_bytes // PART_BYTES))):

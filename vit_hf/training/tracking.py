@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, events.jsonl, the progress bar, throughput and memory."""
+"""What a run tells: metrics.jsonl, events.jsonl, its progress on stderr, throughput and memory."""
 
 import contextlib
 import json
@@ -15,6 +15,8 @@ import accelerate
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from vit_hf.progress import at_terminal, time_left
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -101,14 +103,16 @@ class Tracker:
             temporary = self._path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self._path)
+        self._steps = steps_done, total_steps
+        self._tells_lines = self.is_main and not at_terminal()
         self._bar = tqdm(
             total=total_steps,
             initial=steps_done,
             unit="step",
             dynamic_ncols=True,
-            disable=not self.is_main,
+            disable=not self.is_main or self._tells_lines,
         )
-        self._window_start = time.perf_counter()
+        self._start = self._window_start = time.perf_counter()
         self._paused = 0.0
         self._waited = 0.0
 
@@ -146,7 +150,8 @@ class Tracker:
         return measured
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line to metrics.jsonl, on disk at once, to the trackers and to the progress bar."""
+        """One line to metrics.jsonl, on disk at once, to the trackers and to the progress bar, or as a line to stderr
+        where that is no terminal."""
         if not self.is_main:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -156,6 +161,21 @@ class Tracker:
         shown = {"loss": "loss", "images_per_second": "img/s", "eval_accuracy": "acc"}
         self._postfix |= {short: f"{line[key]:.4g}" for key, short in shown.items() if key in line}
         self._bar.set_postfix(self._postfix)
+        if self._tells_lines and (told := self._words(line)):
+            print(told, file=sys.stderr, flush=True)
+
+    def _words(self, line: dict[str, Any]) -> str:
+        """`step 50 of 1,200: loss 2.31, learning rate 0.001, 812 images/s, 3 min 7 s left`; "" for a line without any of
+        what is told. The time left counts all since the start: evaluations and checkpoints too."""
+        told = (
+            ("loss", "loss {:.4g}"), ("learning_rate", "learning rate {:.3g}"), ("images_per_second", "{:,.0f} images/s"),
+            ("eval_loss", "evaluation loss {:.4g}"), ("eval_accuracy", "evaluation accuracy {:.4f}"),
+        )  # fmt: skip
+        words = [text.format(line[key]) for key, text in told if isinstance(line.get(key), (int, float))]
+        (first, total), step = self._steps, line["step"]
+        if words and "loss" in line and first < step < total:
+            words.append(time_left((time.perf_counter() - self._start) / (step - first) * (total - step)))
+        return f"step {step:,} of {total:,}: {', '.join(words)}" if words else ""
 
     def write_images(self, images: dict[str, np.ndarray], step: int) -> None:
         """Pictures uint8 (H, W, 3) by name, to the trackers that take any."""

@@ -10,13 +10,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from vit_hf.data.copy.plan import Shard, Work
 from vit_hf.data.copy.shard import finish_shard
 from vit_hf.data.machine import end_with_parent
 from vit_hf.data.rows.table import TableRows
 from vit_hf.errors import UserError
+from vit_hf.progress import progress
 
 
 class _Stopped(Exception):
@@ -30,14 +29,14 @@ def make_shards(shards: list[Shard], work: Work, num_processes: int) -> list[str
         UserError: an image cannot be copied; a worker process was killed.
         OSError: a file cannot be written.
     """
-    with tqdm(total=sum(map(len, shards)), unit="image", desc="preparing", dynamic_ncols=True) as bar:
+    with progress(sum(map(len, shards)), "preparing", "image") as bar:
         if num_processes == 1:
             rows = {split: TableRows(dataset) for split, dataset in work.sets.items()}
             return [finish_shard(shard, rows[shard.split], work, bar.update) for shard in shards]
         return _make_in_processes(shards, work, num_processes, bar)
 
 
-def _make_in_processes(shards: list[Shard], work: Work, num_processes: int, bar: tqdm) -> list[str]:
+def _make_in_processes(shards: list[Shard], work: Work, num_processes: int, bar: Any) -> list[str]:
     """A worker can be killed at any moment, so workers share no queue and no lock, which a dead one would hold for ever:
     each has its own pipe, which the system closes with it. ProcessPoolExecutor has both, and does not end at all when
     one worker dies while it starts another."""
