@@ -13,7 +13,6 @@ import numpy as np
 from vit_hf.errors import UserError
 
 FILE = "predictions.parquet"
-FORMAT = 1  # of the file; a later one may have more columns
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Predictions:
         brier: float32 (N,), the sum over the classes of (probability - label)^2.
         scores: float32 (N, K), the probability of each class, where labels are (N, K); else None.
         class_names: of the model's K classes; empty where they have none.
+        source: which images they are of, as one text that another set or another draw does not have; "" where it is not
+            known.
     """
 
     index: np.ndarray
@@ -39,6 +40,7 @@ class Predictions:
     brier: np.ndarray
     scores: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -62,25 +64,24 @@ class Predictions:
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Writes a whole file or none: columns index, label (a number, or a list of numbers), top5_label and
-    top5_probability (lists, best first), loss, brier, and scores where there are any; the class names are in the
+    top5_probability (lists, best first), loss, brier, and scores where there are any; class names and source are in the
     schema's metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     labels = predictions.labels
-    label = [np.flatnonzero(row) for row in labels] if labels.ndim == 2 else labels
     columns = {
         "index": pa.array(predictions.index, pa.int64()),
-        "label": pa.array(label, pa.list_(pa.int64()) if labels.ndim == 2 else pa.int64()),
-        "top5_label": pa.array(list(predictions.top5), pa.list_(pa.int64())),
-        "top5_probability": pa.array(list(predictions.probabilities), pa.list_(pa.float32())),
+        "label": _sets(labels) if labels.ndim == 2 else pa.array(labels, pa.int64()),
+        "top5_label": _lists(predictions.top5.astype(np.int64)),
+        "top5_probability": _lists(predictions.probabilities.astype(np.float32)),
         "loss": pa.array(predictions.loss, pa.float32()),
         "brier": pa.array(predictions.brier, pa.float32()),
     }
     if predictions.scores is not None:
-        columns["scores"] = pa.array(list(predictions.scores), pa.list_(pa.float32()))
-    about = {"format": str(FORMAT), "class_names": json.dumps(predictions.class_names)}
+        columns["scores"] = _lists(predictions.scores.astype(np.float32))
+    about = {"class_names": json.dumps(predictions.class_names), "source": predictions.source}
     if labels.ndim == 2:
         about["num_classes"] = str(labels.shape[1])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,24 +100,19 @@ def read_predictions(path: Path) -> Predictions:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path).combine_chunks()
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        wide = [name for name in ("top5_label", "top5_probability", "scores") if name in table.column_names]
-        columns = {
-            name: np.array(table[name].to_pylist()) if name in wide else table[name].to_numpy()
-            for name in table.column_names
-            if name != "label"
-        }
-        labels = _labels(table["label"], int(about.get("num_classes", 0)))
+        wide = {name: _rows(table[name]) for name in ("top5_label", "top5_probability")}
         return Predictions(
-            index=columns["index"].astype(np.int64),
-            labels=labels,
-            top5=columns["top5_label"].astype(np.int64),
-            probabilities=columns["top5_probability"].astype(np.float32),
-            loss=columns["loss"].astype(np.float32),
-            brier=columns["brier"].astype(np.float32),
-            scores=columns["scores"].astype(np.float32) if "scores" in columns else None,
+            index=table["index"].to_numpy().astype(np.int64),
+            labels=_labels(table["label"], int(about.get("num_classes", 0))),
+            top5=wide["top5_label"].astype(np.int64),
+            probabilities=wide["top5_probability"].astype(np.float32),
+            loss=table["loss"].to_numpy().astype(np.float32),
+            brier=table["brier"].to_numpy().astype(np.float32),
+            scores=_rows(table["scores"]).astype(np.float32) if "scores" in table.column_names else None,
             class_names=tuple(json.loads(about["class_names"])),
+            source=about.get("source", ""),
         )
     except (KeyError, ValueError, pa.ArrowException, OSError) as error:
         raise UserError(
@@ -125,11 +121,32 @@ def read_predictions(path: Path) -> Predictions:
         ) from None
 
 
+def _lists(values: np.ndarray):
+    """(N, M) as a column of lists."""
+    import pyarrow as pa
+
+    rows, columns = values.shape
+    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * columns, values.ravel())
+
+
+def _rows(column) -> np.ndarray:
+    """A column of lists of one length as (N, M)."""
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
+
+
+def _sets(labels: np.ndarray):
+    """bool (N, K) as a column of lists of the numbers that are set."""
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum(labels.sum(1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, np.nonzero(labels)[1].astype(np.int64))
+
+
 def _labels(column, num_classes: int) -> np.ndarray:
     """int64 (N,), or bool (N, K) of a column of lists."""
     if num_classes == 0:
         return column.to_numpy().astype(np.int64)
-    labels = np.zeros((len(column), num_classes), dtype=bool)
-    for row, chosen in enumerate(column.to_pylist()):
-        labels[row, chosen] = True
+    labels, lists = np.zeros((len(column), num_classes), dtype=bool), column.combine_chunks()
+    rows = np.repeat(np.arange(len(column)), lists.value_lengths().to_numpy())
+    labels[rows, lists.flatten().to_numpy()] = True
     return labels
