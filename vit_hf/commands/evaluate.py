@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vit_hf.arguments import parse, pick
+from vit_hf.arguments import parse
 from vit_hf.arguments.fields import (
     DatasetArguments,
     GivenModelArguments,
@@ -13,8 +13,17 @@ from vit_hf.arguments.fields import (
     WaitingArguments,
     flag,
 )
-from vit_hf.commands.given import GivenImages, GivenModel, open_images, open_model, set_settings
-from vit_hf.errors import ArgumentError
+from vit_hf.arguments.values import NAMES
+from vit_hf.commands.evaluate_sets import (
+    about_set,
+    check_sets,
+    chosen_sets,
+    folder_of,
+    open_set,
+    table,
+    write_results,
+)
+from vit_hf.commands.given import GivenImages, GivenModel, open_model, with_tta
 
 
 @dataclass
@@ -23,6 +32,13 @@ class EvaluateArguments(
 ):
     """Flags of `vit-hf evaluate`; the model is positional."""
 
+    eval_datasets: tuple[str, ...] = flag(
+        (),
+        "several sets: imagenet-v2, imagenet-real, imagenet-a, imagenet-r, imagenet-sketch, another copy of one as "
+        "NAME=FOLDER or NAME=HUB_ID, or what --dataset_name takes",
+        kind=NAMES,
+    )
+    tta: Literal["none", "flip"] = flag("none", "flip: the mean of the logits of each image and its mirror image")
     output_dir: str | None = flag(None, "where eval_results.json goes (default: the model's folder, else here)")
     split_seed: int | None = flag(
         None,
@@ -36,51 +52,51 @@ class EvaluateArguments(
 def main(argv: list[str]) -> None:
     """Evaluates a model on a split of a dataset; writes eval_results.json."""
     args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=main.__doc__, positional="model")
-    if args.dataset_name is None:
-        raise ArgumentError("--dataset_name is missing")
-    from vit_hf.data.feed import LoadingSettings
-    from vit_hf.data.preprocessing import PreprocessingSettings
+    sets = chosen_sets(args)
     from vit_hf.training.accelerator import build_accelerator, end
 
     accelerator = build_accelerator(args.ddp_timeout)
-    given = open_model(args.model, args.revision, args.trust_remote_code)
-    sets, inputs = set_settings(args, args.model), pick(PreprocessingSettings, args)
-    images = open_images(given, accelerator, sets, inputs, pick(LoadingSettings, args))
-    accelerator.print(f"preprocessing: {images.preprocessing}")
-    predictions = predictions_of(given, images, accelerator)
-    counted = images.report.collect()
+    check_sets(sets, args, accelerator)
+    given = with_tta(open_model(args.model, args.revision, args.trust_remote_code), args.tta)
+    default = Path(args.model) if Path(args.model).is_dir() else Path(".")
+    folder, results = Path(args.output_dir) if args.output_dir else default, []
+    for one in sets:
+        images, among = open_set(given, accelerator, one, args)
+        accelerator.print(f"preprocessing: {images.preprocessing}")
+        predictions = predictions_of(given, images, accelerator, among)
+        counted = images.report.collect()
+        if accelerator.is_main_process:
+            about = {"model": args.model} | about_set(one, images, among) | {"tta": args.tta}
+            about["preprocessing"] = str(images.preprocessing)
+            results.append(write(args, folder_of(one, sets, folder), predictions, counted | about))
     if accelerator.is_main_process:
-        about = {"model": args.model, "dataset_name": args.dataset_name, "eval_split": images.splits.eval_split}
-        about["preprocessing"] = str(images.preprocessing)
-        write(args, predictions, counted | about)
+        if len(results) > 1:
+            print(table(results))
+        print(f"written to {write_results(results, folder)}")
     end(accelerator)
 
 
-def predictions_of(given: GivenModel, images: GivenImages, accelerator: Any) -> Any:
+def predictions_of(given: GivenModel, images: GivenImages, accelerator: Any, among: Any = None) -> Any:
     """What a model answers to the images, on all processes."""
     from vit_hf.evaluation.evaluate import predict
 
     model = given.model.to(accelerator.device)
     with accelerator.autocast():
-        return predict(model, images.batches, images.normalise, accelerator, given.class_names)
+        return predict(model, images.batches, images.normalise, accelerator, given.class_names, among=among)
 
 
-def write(args: EvaluateArguments, predictions: Any, about: dict[str, Any]) -> None:
-    """Files and lines of the main process."""
+def write(args: EvaluateArguments, folder: Path, predictions: Any, about: dict[str, Any]) -> dict[str, Any]:
+    """Files and lines of the main process for one set; its results."""
     from vit_hf.evaluation.evaluate import measure
     from vit_hf.evaluation.predictions import FILE, write_predictions
-    from vit_hf.hub.export import write_json
 
-    default = Path(args.model) if Path(args.model).is_dir() else Path(".")
-    folder = Path(args.output_dir) if args.output_dir else default
     folder.mkdir(parents=True, exist_ok=True)
     results = measure(predictions) | about
     print("\n".join(f"{key:20} {_show(value)}" for key, value in results.items()))
     if args.save_predictions:
         write_predictions(folder / FILE, predictions)
         print(f"written to {folder / FILE}")
-    write_json(results, folder / "eval_results.json")
-    print(f"written to {folder / 'eval_results.json'}")
+    return results
 
 
 def _show(value: Any) -> str:

@@ -5,7 +5,7 @@ Shared by the commands that judge and use models; each opens what it needs and n
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,13 @@ def open_model(model: str, revision: str | None, trust_remote_code: bool, need_h
     return GivenModel(model, loaded.eval(), own, size, names)
 
 
+def with_tta(given: GivenModel, tta: str) -> GivenModel:
+    """The model, or with tta flip one that looks at the mirror image too."""
+    from vit_hf.evaluation.mirrored import Mirrored
+
+    return dataclasses.replace(given, model=Mirrored(given.model).eval()) if tta == "flip" else given
+
+
 def set_settings(args: Any, model: str, **instead: Any) -> Any:
     """Which images a command asks for: by default those of the evaluation split, which the run that made the model held
     out. (args.revision is the model's, not the set's.)"""
@@ -79,11 +86,19 @@ def set_settings(args: Any, model: str, **instead: Any) -> Any:
     return pick(SetSettings, args, **{"revision": None, "split_seed": seed, "need_train": False} | instead)
 
 
-def open_images(given: GivenModel, accelerator: Any, sets: Any, inputs: Any, loading: Any) -> GivenImages:
+def open_images(
+    given: GivenModel,
+    accelerator: Any,
+    sets: Any,
+    inputs: Any,
+    loading: Any,
+    class_index_of: Callable[[list[str]], list[int]] | None = None,
+) -> GivenImages:
     """The evaluation split of a set, for one model; of a model that knows some of its classes, the images of those.
 
     Args:
         sets, inputs, loading: SetSettings (`set_settings`), PreprocessingSettings, LoadingSettings.
+        class_index_of: the model's numbers of a set's classes, where another rule than `match_classes` tells them.
 
     Raises:
         UserError: the set cannot be loaded, or the model has other classes.
@@ -99,7 +114,9 @@ def open_images(given: GivenModel, accelerator: Any, sets: Any, inputs: Any, loa
 
     processes = Processes(**processes_of(accelerator))
     splits, class_index = load_splits(sets, processes), None
-    if given.class_names is not None:
+    if class_index_of is not None:
+        class_index = class_index_of(splits.class_names)
+    elif given.class_names is not None:
         known = list(given.class_names)
         if len(known) < len(splits.class_names) and set(known) < set(splits.class_names):  # --subset_classes
             splits = load_splits(dataclasses.replace(sets, subset_classes=tuple(known)), processes)
@@ -130,6 +147,8 @@ def match_classes(dataset_names: list[str], model_names: list[str]) -> list[int]
     if set(dataset_names) <= set(model_names) and len(set(model_names)) == len(model_names):
         return [model_names.index(name) for name in dataset_names]
     if len(dataset_names) == len(model_names):
+        if sorted(dataset_names) == sorted(map(str, range(len(model_names)))):  # folders: "10" is listed before "2"
+            return [int(name) for name in dataset_names]
         return None
     raise UserError(
         f"the model has {len(model_names)} classes ({', '.join(model_names[:3])}, ...), the dataset "

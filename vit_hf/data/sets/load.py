@@ -77,6 +77,7 @@ class SetSettings:
     split_seed: int = 0
     streaming: bool = False
     need_train: bool = True  # of no flag: whether the training split is wanted
+    only_judged: bool = False  # of no flag: a set that is there to judge models by, and is not trained on
 
 
 def load_set(settings: SetSettings) -> ImageSplits:
@@ -115,6 +116,7 @@ def load_image_splits(
     split_seed: int = 0,
     need_train: bool = True,
     streaming: bool = False,
+    only_judged: bool = False,
     cache_dir: str | None = None,
 ) -> ImageSplits:
     """Load a set's training and evaluation split, every process the same rows.
@@ -131,6 +133,8 @@ def load_image_splits(
         max_train_samples, max_eval_samples: trial draws after the subset filter.
         split_seed: of the held-out tenth and the draws; not the run's, so that runs of all seeds see the same images.
         need_train: False leaves `train` and `subset` empty; the evaluation split is the same either way.
+        only_judged: a set of one split is evaluated whole, and integer labels are named by their numbers, whatever file
+            may name them.
         streaming: read parquet shards, or compute fractals, as they are needed, instead of storing them first.
         cache_dir: folder of the cache; None is the usual Hugging Face datasets cache.
 
@@ -145,13 +149,15 @@ def load_image_splits(
     source = _load_source(dataset_name, dataset_config_name, revision, cache_dir)
     notes: list[str] = []
     train_name = train_split_name(source, train_split, needed=need_train)
+    if only_judged and eval_split is None and len(source) == 1:
+        eval_split = next(iter(source))
     columns = {}  # the training split's first: a mistyped column must not look like a split without labels
     if train_name is not None:
         columns[train_name] = find_columns(source[train_name], train_name, image_column_name, label_column_name)
     eval_name = eval_split_name(source, eval_split, train_name, label_column_name, notes)
     if eval_name is not None:
         columns[eval_name] = find_columns(source[eval_name], eval_name, image_column_name, label_column_name)
-    names = tar_class_names(next(iter(source.values())), dataset_name, revision)
+    names = None if only_judged else tar_class_names(next(iter(source.values())), dataset_name, revision)
     splits, class_names = _read_splits({name: source[name] for name in columns}, columns, names, cache_dir)
     train, evaluation = splits.get(train_name), splits.get(eval_name)
     if (need_train or evaluation is None) and len(train.rows) == 0:
