@@ -33,9 +33,7 @@ def main() -> None:
 
 def pretrain(args: RunArguments, accelerator: Any) -> Any:
     """The course of a run. Returns where its folder goes when it is finished."""
-    from torch.nn.functional import cross_entropy  # torch and what needs it only once the flags are right
-
-    from vit_hf import models
+    from vit_hf import models  # torch and what needs it only once the flags are right
 
     # Whose folder it is, and where the run goes on from
     started, flags, run = time.perf_counter(), plain(args), identity(args)
@@ -56,6 +54,7 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
     with model_errors(args.preset, args.model_name_or_path):
         model = models.make_model(splits.class_names, which, keep_head=True)
         training.freeze_parameters(model, args.freeze)
+        objective = training.choose_objective(args.loss, splits.multi_label, model.config)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
     sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
     inputs = pick(data.PreprocessingSettings, args)
@@ -63,7 +62,7 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
 
     schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     batch_settings = pick(training.BatchSettings, args)
-    plan = training.fit_batches(accelerator, model, cross_entropy, preprocessing.image_size, batch_settings)
+    plan = training.fit_batches(accelerator, model, objective, preprocessing.image_size, batch_settings)
     resolved = hub.resolve(accelerator, splits, model, preprocessing, plan, schedule, folder.changed)
     accelerator.print(hub.describe(flags, resolved, plan, schedule))
     if args.dry_run:
@@ -111,7 +110,7 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
     settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,
                     training_flops_per_image=flops)  # fmt: skip
     with contextlib.closing(iter(batches)) as stream:
-        training.train(state, stream, plan, schedule, settings, augment, cross_entropy, actions)
+        training.train(state, stream, plan, schedule, settings, augment, objective, actions)
 
     hub.finish_run(state, files, folder.path, repository.name, flags, resolved, report.collect(), started)
     return repository

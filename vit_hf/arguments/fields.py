@@ -243,6 +243,9 @@ class TrainArguments:
         1.0, "learning rate factor from one layer to the one below it", low=0, high=1, mendable=True
     )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm, 0 is off", low=0, mendable=True)
+    loss: Literal["auto", "softmax", "sigmoid"] = flag(
+        "auto", "softmax over the classes, or sigmoid of each class by itself; auto: sigmoid where labels are lists"
+    )
     label_smoothing_factor: float = flag(0.0, "label smoothing", low=0, high=1, mendable=True)
     ema_decay: float = flag(
         0.0, "decay of an exponential moving average of the weights, 0 is off", low=0, high=1, mendable=True

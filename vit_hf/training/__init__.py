@@ -16,6 +16,7 @@ __getattr__ = front(
         "loop": "train",
         "lost": "lost_process",
         "model_folder": "files_of",
+        "objective": "choose_objective",
         "optimizer": "OptimizerSettings",
         "schedule": "ScheduleSettings make_schedule",
         "state": "prepare",

@@ -22,7 +22,7 @@ EVAL_SPLITS = ("test", "validation", "val", "valid", "dev")
 @dataclasses.dataclass
 class ImageSplits:
     """A loaded set: columns `image` (Image(decode=False): dicts of `bytes` and `path`) and `label` (ClassLabel); or
-    rows to be read as they are needed.
+    rows to be read as they are needed. With `multi_label` an image has a list of labels, List(ClassLabel).
 
     `train_split` and `eval_split` name the source's splits, or say how a split was made. `subset` is {} or holds
     `rule`, `subset_hash` (over the numbers of the rows in the source split) and `train_samples` (rows kept by the rule,
@@ -41,6 +41,7 @@ class ImageSplits:
     train_origin: Origin | None = None
     eval_origin: Origin | None = None
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    multi_label: bool = False
 
     def rows(self, which: str) -> Rows:
         """The split `train` or `eval` by index."""
