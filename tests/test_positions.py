@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vit_hf.models import ViTConfig
 from vit_hf.models.positions import (
     join_axes,
     relative_position_index,
@@ -15,6 +16,8 @@ from vit_hf.models.positions import (
     resize_relative_table,
     sincos_position_embeddings,
 )
+from vit_hf.models.presets import from_preset
+from vit_hf.models.transfer import for_new_labels
 
 # --- position embeddings of another grid ---
 
@@ -71,9 +74,60 @@ def test_sincos_written_out():
         np.testing.assert_allclose(table[0, y * columns + x], expected, atol=1e-6)
 
 
-def test_sincos_of_a_larger_grid_starts_with_the_smaller_one():
-    small, large = (sincos_position_embeddings(grid, 16).reshape(*grid, 16) for grid in ((3, 4), (5, 7)))
-    assert torch.equal(large[:3, :4], small)
+def test_sincos_of_the_learned_grid_itself_is_the_same_to_the_bit():
+    for grid in ((3, 4), (14, 14), (7, 24)):
+        assert torch.equal(sincos_position_embeddings(grid, 16, grid), sincos_position_embeddings(grid, 16))
+
+
+def rms(values):
+    return values.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize(
+    "grid, new_grid", [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((4, 4), (8, 8)), ((6, 4), (9, 10))]
+)
+@pytest.mark.parametrize("mode, bound", [("bicubic", 0.04), ("bilinear", 0.06)])
+def test_sincos_of_another_grid_is_near_the_resized_table(grid, new_grid, mode, bound):
+    """The authors interpolate a learned table (ViT paper, section 3.2): the fixed positions at the places between are
+    close to that, and those that count on are not. (Bilinear smooths more where the grid shrinks.)"""
+    table = sincos_position_embeddings(grid, 64)
+    planes = table.transpose(1, 2).reshape(1, 64, *grid)
+    resized = torch.nn.functional.interpolate(planes, new_grid, mode=mode, antialias=True).flatten(2).transpose(1, 2)
+    found = sincos_position_embeddings(new_grid, 64, grid)
+    assert rms(found - resized) < bound  # of values between -1 and 1
+    assert 0.3 < rms(sincos_position_embeddings(new_grid, 64) - resized)
+
+
+def test_sincos_keeps_a_place_of_the_image():
+    """Every third patch of a grid three times as fine has the centre of a patch of the learned grid."""
+    coarse, fine = sincos_position_embeddings((3, 4), 16), sincos_position_embeddings((9, 12), 16, (3, 4))
+    torch.testing.assert_close(fine.reshape(9, 12, 16)[1::3, 1::3].reshape(1, 12, 16), coarse, rtol=0, atol=1e-6)
+
+
+def test_fine_tuned_sincos_keeps_the_places_of_pretraining_at_every_size(tmp_path):
+    """At 64 pixels, at 96 from there, and back at 32: each the same as the pretrained model that interpolates."""
+    changes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    pretrained = from_preset("vit-demo-patch8-32", ["a", "b"], changes | {"position_embedding": "sincos_2d"}).eval()
+    model = pretrained
+    for size, learned in ((64, [4, 4]), (96, [4, 4]), (32, None)):
+        model = for_new_labels(model, ["a", "b"], {"image_size": size}, keep_head=True)
+        assert model.config.learned_grid_size == learned
+        model.save_pretrained(tmp_path / str(size))
+        model = type(model).from_pretrained(tmp_path / str(size))
+        pixel_values = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = pretrained(pixel_values, interpolate_pos_encoding=True).logits
+            torch.testing.assert_close(model(pixel_values).logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(learned_grid_size=[4, 4]), "goes with position_embedding sincos_2d"),
+    (dict(position_embedding="sincos_2d", learned_grid_size=[4]), "is not .rows, columns."),
+    (dict(position_embedding="sincos_2d", learned_grid_size=[0, 4]), "is not .rows, columns."),
+])  # fmt: skip
+def test_a_wrong_learned_grid_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ViTConfig(hidden_size=16, num_attention_heads=2, **changes)
 
 
 def test_join_axes():

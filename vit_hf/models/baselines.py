@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d, make_div
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
+from .losses import classification_loss
 from .saving import ReadsStock, SavesAsStock
 from .stems import BatchNorm
 
@@ -142,14 +143,15 @@ class _Classifier(SavesAsStock):
     ) -> ImageClassifierOutputWithNoAttention | tuple:
         """(B, C, H, W) -> logits (B, K).
 
-        labels: class indices int64 (B,) or probabilities float (B, K); the loss is cross-entropy for both.
+        labels: by config.problem_type, see classification_loss; where that is None, class indices int64 (B,) or
+        probabilities float (B, K), with cross-entropy for both.
         """
         # DeepSpeed keeps the weights in 16 bits and hands the images over as they are; autocast does its own casts
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         output = super().forward(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        if labels is not None:  # here, because transformers' own guesses the problem type from the labels and keeps it
+        if labels is not None:  # here, because transformers' own keeps the problem type that it guesses of the labels
             output = ImageClassifierOutputWithNoAttention(
-                loss=nn.functional.cross_entropy(output.logits.float(), labels),
+                loss=classification_loss(self.loss_function, labels, output.logits, self.config),
                 logits=output.logits,
                 hidden_states=output.hidden_states,
             )

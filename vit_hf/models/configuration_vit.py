@@ -38,6 +38,9 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
             width for each row and for each column, put together. `sincos_2d`: fixed sines and cosines of row and
             column (arXiv 2205.01580). `relative`: a learned bias on the attention logits for each head and 2-D
             offset, as in Swin (arXiv 2103.14030, equation 4); the paper's own depends on the query. `none`.
+        learned_grid_size: [rows, columns] of patches in which `sincos_2d` counts, None: those of `image_size`. Fine-tuning
+            at another `image_size` keeps the grid of pretraining, so that a place in the image keeps its position (ViT
+            paper, section 3.2).
         pooling: what the head reads. `cls`: the output of a class token (ViT paper, section 3.1). `mean`: the mean of
             the patch tokens, without a class token (ViT paper, appendix D.3; arXiv 2205.01580). `map`: multi-head
             attention pooling by one learned probe (arXiv 2106.04560, section 3.2).
@@ -73,6 +76,7 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
     stock_type = "vit"
 
     position_embedding: str = "learned_1d"
+    learned_grid_size: list[int] | None = None
     pooling: str = "cls"
     fc_norm: bool = False
     head_hidden_size: int | None = None
@@ -97,6 +101,8 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
         if self.stem == "hybrid_resnet" and self.stem_depths is None:
             self.stem_depths = [3, 4, 9]
         self._check_sizes()
+        if self.learned_grid_size == list(self.grid_size):
+            self.learned_grid_size = None
         self._check_combinations()
 
     def _check_values(self) -> None:
@@ -152,6 +158,13 @@ class ViTConfig(ReadsStock, transformers.ViTConfig):
             divides("stem_width", self.stem_width, "the number of groups of its GroupNorm,", 32)
 
     def _check_combinations(self) -> None:
+        if self.learned_grid_size is not None:
+            if self.position_embedding != "sincos_2d":
+                raise ValueError(
+                    f"learned_grid_size goes with position_embedding sincos_2d, not {self.position_embedding}"
+                )
+            if len(self.learned_grid_size) != 2 or min(self.learned_grid_size) < 1:
+                raise ValueError(f"learned_grid_size: {self.learned_grid_size} is not [rows, columns], of 1 or more")
         if self.fc_norm and self.pooling != "mean":
             raise ValueError(f"fc_norm norms the mean of the tokens: it goes with pooling mean, not {self.pooling}")
         if self.stem != "hybrid_resnet" and (self.stem_depths is not None or self.stem_width != 64):

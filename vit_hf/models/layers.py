@@ -48,8 +48,8 @@ class Embeddings(nn.Module):
             self.row_position_embeddings = nn.Parameter(torch.zeros(1, rows, width // 2))
             self.column_position_embeddings = nn.Parameter(torch.zeros(1, columns, width // 2))
         elif self.kind == "sincos_2d":  # computed, so no part of the saved weights
-            table = sincos_position_embeddings(self.grid_size, width)
-            self.register_buffer("sincos_position_embeddings", table, persistent=False)
+            self.width, self.learned_grid_size = width, config.learned_grid_size or config.grid_size
+            self.register_buffer("sincos_position_embeddings", self.sincos(self.grid_size), persistent=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor, grid_size: Grid) -> Tensor:
@@ -81,8 +81,12 @@ class Embeddings(nn.Module):
             table = self.sincos_position_embeddings
             if grid_size == self.grid_size:
                 return table
-            return sincos_position_embeddings(grid_size, table.shape[-1]).to(table)
+            return self.sincos(grid_size).to(table)
         return None
+
+    def sincos(self, grid_size: Grid) -> Tensor:
+        """The fixed positions of this grid, in the places that the model has learned: (1, h*w, D)."""
+        return sincos_position_embeddings(grid_size, self.width, tuple(self.learned_grid_size))
 
 
 def eager_attention_forward(

@@ -16,7 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_vit import ViTConfig, pair
 from .layers import MLP, Attention, AttentionPooling, Embeddings, Layer, LayerScale, RelativePositions
-from .positions import Grid, relative_position_index, sincos_position_embeddings
+from .losses import classification_loss
+from .positions import Grid, relative_position_index
 from .saving import SavesAsStock
 from .stems import PatchProjection, ResNetUnit, StandardisedConv
 
@@ -44,6 +45,8 @@ class ViTPreTrainedModel(SavesAsStock, PreTrainedModel):
     }
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embeddings"  # what get_input_embeddings and set_input_embeddings mean
     supports_gradient_checkpointing = True
     _no_split_modules = ["Embeddings", "Layer"]
     _supports_sdpa = True
@@ -79,8 +82,7 @@ class ViTPreTrainedModel(SavesAsStock, PreTrainedModel):
                 init.trunc_normal_(module.row_position_embeddings, std=std)
                 init.trunc_normal_(module.column_position_embeddings, std=std)
             elif module.kind == "sincos_2d":
-                table = sincos_position_embeddings(module.grid_size, self.config.hidden_size)
-                init.copy_(module.sincos_position_embeddings, table)
+                init.copy_(module.sincos_position_embeddings, module.sincos(module.grid_size))
             if module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, std=std)
             if module.register_tokens is not None:  # not zeros: equal tokens would stay equal
@@ -277,12 +279,15 @@ class ViTForImageClassification(ViTPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
-        """`labels`: class indices int64 (B,) or probabilities float (B, K); the loss is cross-entropy for both."""
+        """`labels`: by config.problem_type, see classification_loss; where that is None, class indices int64 (B,) or
+        probabilities float (B, K), with cross-entropy for both."""
         encoded = self.vit(
             pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, True, pooled_only=True
         )
         logits = self.classifier(self.pre_logits(encoded.pooler_output))
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(self.loss_function, labels, logits, self.config)
         output = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )

@@ -36,15 +36,24 @@ def join_axes(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1).flatten(1, 2)
 
 
-def sincos_position_embeddings(grid_size: Grid, hidden_size: int) -> Tensor:
+def sincos_position_embeddings(grid_size: Grid, hidden_size: int, learned_grid_size: Grid | None = None) -> Tensor:
     """Fixed positions (1, h*w, D): sine and cosine of the column, then of the row, at D/4 frequencies each, from 1 to
-    1/10,000. Another grid is computed anew.
+    1/10,000.
 
-    Source: arXiv 2205.01580, section 3; google-research/big_vision, posemb_sincos_2d.
+    Args:
+        learned_grid_size: the grid that the other weights have learned, None: this one. Its places are whole numbers,
+            and the centres of the patches of this grid lie between them, as where learned positions are resized:
+            place j of n is (j + 1/2) * learned / n - 1/2.
+
+    Source: arXiv 2205.01580, section 3; google-research/big_vision, posemb_sincos_2d. Another grid: ViT paper (arXiv
+    2010.11929), section 3.2 (interpolation "according to their location in the original image").
     """
     quarter = hidden_size // 4
     frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))
-    rows, columns = (torch.arange(side, dtype=torch.float64)[:, None] * frequencies for side in grid_size)
+    rows, columns = (
+        ((torch.arange(side, dtype=torch.float64) + 0.5) * (learned / side) - 0.5)[:, None] * frequencies
+        for side, learned in zip(grid_size, learned_grid_size or grid_size)
+    )
     rows = rows[:, None].expand(*grid_size, quarter)
     columns = columns[None].expand(*grid_size, quarter)
     table = torch.cat((columns.sin(), columns.cos(), rows.sin(), rows.cos()), dim=-1)
