@@ -9,7 +9,7 @@ import transformers
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.families import FAMILIES, VIT
-from vit_hf.analysis.attention import look, mean_distance, patch_distances, roll, run_layers
+from vit_hf.analysis.attention import look, mean_distance, patch_distances, roll, run_layers, uniform_distance
 from vit_hf.models.presets import from_preset
 
 PRESET = "vit-demo-patch8-32"
@@ -43,25 +43,46 @@ def test_the_distance_of_attention_to_one_neighbour_or_to_oneself_is_known():
     assert mean_distance(torch.stack([torch.eye(4), right]), apart).tolist() == [0, 24]
 
 
-def test_attention_to_the_class_token_is_not_nearness():
+def test_attention_to_the_class_token_is_at_distance_0_or_left_out():
     apart = patch_distances((1, 2), (16, 16))
     weights = torch.tensor([[[1.0, 0, 0], [0.9, 0.0, 0.1], [0.8, 0.2, 0.0]]])  # token 0 is the class token
-    assert mean_distance(weights, apart).tolist() == pytest.approx([16])
+    assert mean_distance(weights, apart).tolist() == pytest.approx([(0.1 * 16 + 0.2 * 16) / 2])
+    assert mean_distance(weights, apart, renormalise=True).tolist() == pytest.approx([16])
+
+
+def test_the_distance_is_that_of_the_authors_code():
+    """Google-research/vision_transformer, issue 162, as it is posted there, for one head of one example."""
+    img_w = img_h = 224
+    patch_res = 14
+    factor = img_w / patch_res
+
+    def get_distance_map(query_col, query_row):
+        x, y = np.meshgrid(
+            np.linspace(0, img_w - 1.0 * factor, patch_res) - query_col * factor,
+            np.linspace(0, img_h - 1.0 * factor, patch_res) - query_row * factor,
+        )
+        return np.sqrt(x**2.0 + y**2.0)
+
+    maps = np.stack([get_distance_map(column, row) for row in range(patch_res) for column in range(patch_res)])
+    maps = maps.reshape(patch_res**2, patch_res**2)
+    weights = torch.randn(3, 197, 197, generator=torch.Generator().manual_seed(0)).mul(2).softmax(dim=-1)
+    expected = [np.mean(np.sum(maps * head[1:, 1:], axis=-1)) for head in weights.numpy()]
+    found = mean_distance(weights, patch_distances((14, 14), (16, 16)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_register_tokens": 3}, {"pooling": "mean"}, {"pooling": "map"}])
 def test_uniform_attention_has_the_mean_distance_and_flat_maps(changes):
     model, image = make(**changes)
-    seen, _ = look(no_preference(model).vit, image)
     y, x = np.divmod(np.arange(16), 4)
     by_hand = np.hypot(8 * (y[:, None] - y), 8 * (x[:, None] - x)).mean()
-    assert seen.distance.shape == (2, 2) and seen.distance == pytest.approx(by_hand, rel=1e-5)
-    if changes.get("pooling") == "mean":
-        assert seen.rollout is None and seen.heads is None  # no output token
-    else:
-        assert seen.rollout == pytest.approx(1 / 16, rel=1e-5) and seen.heads.shape == (2, 4, 4)
-        tokens = 16 if "pooling" in changes else 17 + model.config.num_register_tokens
-        assert seen.heads == pytest.approx(1 / tokens, rel=1e-5)
+    tokens = 16 + model.config.num_prefix_tokens
+    for renormalise, share in ((False, 16 / tokens), (True, 1)):
+        seen, _ = look(no_preference(model).vit, image, renormalise=renormalise)
+        assert seen.distance.shape == (2, 2) and seen.distance == pytest.approx(by_hand * share, rel=1e-5)
+        assert uniform_distance(model.vit, (4, 4), renormalise) == pytest.approx(by_hand * share, rel=1e-5)
+    assert seen.rollout == pytest.approx(1 / 16, rel=1e-5) and seen.heads.shape == (2, 4, 4)
+    assert seen.heads == pytest.approx(1 / tokens, rel=1e-5)
 
 
 def test_distance_at_another_shape_and_with_a_hybrid_stem_counts_pixels():
@@ -72,7 +93,7 @@ def test_distance_at_another_shape_and_with_a_hybrid_stem_counts_pixels():
     preset, changes = FAMILIES["hybrid"]
     hybrid = no_preference(from_preset(preset, ["a"], changes).eval())
     assert hybrid.config.token_stride == (8, 8)
-    distance = look(hybrid.vit, torch.randn(1, 3, 32, 32))[0].distance
+    distance = look(hybrid.vit, torch.randn(1, 3, 32, 32), renormalise=True)[0].distance  # it has a class token
     y, x = np.divmod(np.arange(16), 4)
     assert distance == pytest.approx(np.hypot(8 * (y[:, None] - y), 8 * (x[:, None] - x)).mean(), rel=1e-4)
 
@@ -118,7 +139,7 @@ def test_all_numbers_are_those_of_transformers_own_attention():
     model, image = make(initializer_range=0.3)
     weights = stock_attention(model, image)
     layers, heads, tokens, _ = weights.shape
-    distance, rolled = np.zeros((layers, heads)), np.eye(tokens)
+    distance, renormalised, rolled = np.zeros((layers, heads)), np.zeros((layers, heads)), np.eye(tokens)
     for layer in range(layers):
         mixed = weights[layer].mean(axis=0) + np.eye(tokens)
         rolled = mixed / mixed.sum(axis=1, keepdims=True) @ rolled
@@ -126,10 +147,12 @@ def test_all_numbers_are_those_of_transformers_own_attention():
             for query in range(16):
                 row = weights[layer, head, 1 + query, 1:]
                 far = [math.hypot(8 * (query // 4 - key // 4), 8 * (query % 4 - key % 4)) for key in range(16)]
-                distance[layer, head] += np.average(far, weights=row) / 16
+                distance[layer, head] += np.sum(far * row) / 16
+                renormalised[layer, head] += np.average(far, weights=row) / 16
     seen, _ = look(model.vit, image)
     assert np.ptp(distance) > 0.1
     np.testing.assert_allclose(seen.distance, distance, rtol=1e-4)
+    np.testing.assert_allclose(look(model.vit, image, renormalise=True)[0].distance, renormalised, rtol=1e-4)
     np.testing.assert_allclose(seen.rollout.ravel(), rolled[0, 1:] / rolled[0, 1:].sum(), rtol=1e-4)
     np.testing.assert_allclose(seen.heads.reshape(2, 16), weights[-1, :, 0, 1:], rtol=1e-4)
 
@@ -150,6 +173,23 @@ def test_with_map_the_probe_is_the_output_token():
     rolled = (kept[1] + torch.eye(18)) / 2 @ ((kept[0] + torch.eye(18)) / 2)
     expected = (probe.mean(dim=0) @ rolled[2:])[2:]
     np.testing.assert_allclose(seen.rollout.ravel(), expected / expected.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_with_mean_pooling_all_patches_are_the_output(registers):
+    """What the head reads is the mean of the patches, so the maps are means over their rows."""
+    model, image = make(pooling="mean", num_register_tokens=registers, initializer_range=0.3)
+    attentions = model.vit(image, output_attentions=True).attentions
+    rolled = np.eye(16 + registers)
+    for weights in attentions:
+        mixed = weights[0].mean(dim=0).double().detach().numpy() + np.eye(16 + registers)
+        rolled = mixed / mixed.sum(axis=1, keepdims=True) @ rolled
+    seen, _ = look(model.vit, image)
+    expected = rolled[registers:].mean(axis=0)[registers:]
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(seen.rollout.ravel(), expected / expected.sum(), rtol=1e-4)
+    last = attentions[-1][0, :, registers:, registers:].mean(dim=1)
+    np.testing.assert_allclose(seen.heads.reshape(2, 16), last.detach(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith(("resnet", "bit"))])

@@ -1,5 +1,6 @@
 """What stands in the figures is what was given."""
 
+import numpy as np
 import pytest
 
 from vit_hf.analysis.comparisons import accuracy_by_category, accuracy_by_cost, accuracy_by_row
@@ -27,6 +28,17 @@ def test_lines_over_names():
     assert third[1:] == pytest.approx((0.8, 0.75, 0.85))
     assert (round(first[0]), round(second[0]), round(third[0])) == (0, 1, 1) and second[0] != third[0]
     assert axes.get_xlabel() == "images"
+
+
+def test_no_interval_leaves_0_to_1():
+    wide = {"a": (0.95, 0.2), "b": (0.1, 0.3), "c": (1.0, 0.0)}
+    for figure in (
+        accuracy_by_category({name: {"10": point} for name, point in wide.items()}, ("10",), "images"),
+        accuracy_by_cost({name: (1e6, point) for name, point in wide.items()}),
+        accuracy_by_row(wide),
+    ):
+        ends = [point[2:] for point in bars(figure.axes[0])]
+        np.testing.assert_allclose(ends[:2], [(0.75, 1.0), (0.0, 0.4)])
 
 
 def test_points_over_cost():

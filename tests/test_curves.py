@@ -54,6 +54,23 @@ def test_every_panel_shows_the_lines_values(panels):
             assert curves[name][1] == [line[panel.y] for line in held] and held
 
 
+def test_a_short_run_beside_a_long_one_is_drawn_by_the_share_of_its_steps_too():
+    runs = {"short": course(steps=4), "long": course(steps=20), "none": []}
+    steps, accuracy, shares, accuracy_by_share = drawn(draw_curves(runs, LEARNING))
+    assert steps["short"][0] == [1, 2, 3, 4] and shares["short"][0] == [0.25, 0.5, 0.75, 1]
+    assert shares["short"][1] == steps["short"][1] and accuracy_by_share["short"][0] == [0.5, 1]
+    assert (
+        shares["long"][0][-1] == 1
+        and accuracy_by_share["long"][1] == accuracy["long"][1]
+        and shares["none"] == ([], [])
+    )
+    figure = draw_curves(runs, OPTIMISATION)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["step"] * 2 + ["share of the run's steps"] * 2
+    alike = {"short": course(steps=5), "long": course(steps=20)}  # four times as long: both can be seen
+    assert len(draw_curves(alike, LEARNING).axes) == 2 and len(draw_curves(runs, ACCURACY).axes) == 3
+    assert all(set(line) == set(again) for line, again in zip(runs["short"], course(steps=4)))  # what is given stays
+
+
 def test_accuracy_is_drawn_against_images_flops_and_hours():
     images, flops, hours = drawn(draw_curves({"run": course(seconds=1800.0)}, ACCURACY))
     assert images["run"] == ([16, 32], [0.2, 0.4])

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, VIT
-from vit_hf.analysis.embeddings import patch_filters, position_similarity, principal_components
+from vit_hf.analysis.embeddings import (
+    colour_structure,
+    first_weight,
+    looks_grey,
+    patch_filters,
+    position_similarity,
+    principal_components,
+    stem_filters,
+)
 from vit_hf.models.presets import from_preset
 
 
@@ -50,6 +58,54 @@ def test_few_filters_have_few_components_and_other_stems_none():
     for family in ("conv", "hybrid"):
         preset, changes = FAMILIES[family]
         assert patch_filters(from_preset(preset, ["a"], changes).vit) is None
+
+
+def test_the_components_of_grey_data_are_those_of_the_channels_added_up():
+    """What is learned of grey images is hidden by the noise that the differences of colours keep from the start."""
+    vit = make()
+    pattern = torch.zeros(8, 8)
+    pattern[2:5] = 1
+    noise = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise -= noise.mean(dim=1, keepdim=True)  # sees nothing in a grey image
+    strength = torch.tensor([1.0, -1.0]).repeat(16)[:, None, None, None]
+    with torch.no_grad():
+        vit.embeddings.patch_embeddings.projection.weight.copy_(0.2 * strength * pattern + noise)
+    components, shares = patch_filters(vit, grey_std=torch.full((3,), 0.5))
+    assert components.shape == (28, 8, 8, 1) and shares[0] == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(components[0, :, :, 0], pattern / 24**0.5, atol=1e-4)
+    assert patch_filters(vit)[1][0] < 0.2
+
+
+def test_filters_added_up_see_grey_images_as_all_filters_do():
+    vit, std = make(), torch.tensor([0.2, 0.5, 0.25])
+    grey = torch.rand(3, 1, 8, 8)
+    seen = torch.nn.functional.conv2d(grey / std[:, None, None], first_weight(vit))
+    added = torch.from_numpy(stem_filters(vit, std)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(torch.nn.functional.conv2d(grey, added), seen, atol=1e-5, rtol=1e-4)
+
+
+def test_whether_filters_have_learned_of_colours():
+    noise = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 10, 10), 3, stride=1)
+    alike = noise[:, :1].expand(-1, 3, -1, -1)
+    assert abs(colour_structure(noise)) < 0.05 < 0.5 < colour_structure(smooth) and colour_structure(alike) is None
+    # by weights alone where channels are alike; by the images too where they differ
+    assert [looks_grey(weight, True) for weight in (noise, smooth, alike)] == [True, False, True]
+    assert [looks_grey(weight, False) for weight in (noise, smooth, alike)] == [False, False, True]
+
+
+@pytest.mark.parametrize("family", ["conv", "hybrid", "resnet", "bit"])
+def test_stem_filters_are_those_of_the_convolution_that_sees_the_image(family):
+    preset, changes = FAMILIES[family]
+    model = from_preset(preset, ["a"], changes).eval()
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda module, inputs: seen.append((module.weight, inputs[0].shape[1])))
+    model(torch.randn(1, 3, 32, 32))
+    weight, channels = seen[0]
+    assert channels == 3
+    np.testing.assert_array_equal(stem_filters(model, number=5), weight.detach()[:5].permute(0, 2, 3, 1))
 
 
 def cosine(a, b):

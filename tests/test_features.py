@@ -1,53 +1,14 @@
-"""CKA, colours of features and saliency against values known by hand."""
+"""Colours of features, saliency and Grad-CAM against values known by hand and against autograd."""
 
 import numpy as np
 import pytest
 import torch
 
 from tests.families import FAMILIES, VIT
-from vit_hf.analysis.features import MAX_TOKENS, feature_colours, linear_cka, logits_of, saliency, spread
+from vit_hf.analysis.features import feature_colours, grad_cam, logits_of, saliency
 from vit_hf.models.presets import from_preset
 
 MEAN = STD = torch.full((3, 1, 1), 0.5)
-
-
-def rows(n=40, width=6, seed=0):
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
-
-
-def test_cka_sees_through_rotation_scale_and_shift():
-    x = rows()
-    rotation, _ = torch.linalg.qr(rows(6, 6, seed=1))
-    similarity = linear_cka([x, 3 * x @ rotation + 5, rows(seed=2)])
-    assert similarity[0, 1] == pytest.approx(1, abs=1e-5) and similarity[0, 2] < 0.5
-    np.testing.assert_allclose(np.diag(similarity), 1, atol=1e-5)
-
-
-def test_cka_is_the_papers_formula_for_layers_of_other_widths():
-    x, y = rows(width=5).double().numpy(), rows(width=9, seed=1).double().numpy()
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    norm = np.linalg.norm
-    expected = norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
-    assert linear_cka([rows(width=5), rows(width=9, seed=1)])[0, 1] == pytest.approx(expected, rel=1e-4)
-
-
-def test_cka_by_hand():
-    """Two orthogonal features of three tokens: nothing in common; one feature within two: 1/sqrt(2)."""
-    a, b = torch.tensor([[1.0], [-1], [0], [0]]), torch.tensor([[0.0], [0], [1], [-1]])
-    similarity = linear_cka([a, b, torch.cat((a, b), dim=1)])
-    np.testing.assert_allclose(similarity, [[1, 0, 0.5**0.5], [0, 1, 0.5**0.5], [0.5**0.5, 0.5**0.5, 1]], atol=1e-6)
-
-
-def test_a_layer_that_tells_no_tokens_apart_has_no_similarity():
-    assert np.isnan(linear_cka([torch.ones(4, 2), rows(4, 2)])).tolist() == [[True, True], [True, False]]
-
-
-def test_tokens_that_stand_for_a_layer_are_bounded_and_spread():
-    tokens = torch.arange(1369.0)[None, :, None]
-    part = spread(tokens, images=8)
-    assert len(part) * 8 == MAX_TOKENS and part[0] == 0 and part[-1] == 1368
-    assert spread(tokens[:, :16], images=8).flatten().tolist() == list(range(16))
-    assert len(spread(tokens, images=5000)) == 1
 
 
 def test_colours_are_the_same_for_the_same_feature_in_every_image():
@@ -117,3 +78,38 @@ def test_logits_at_another_size_are_the_models_own():
     model = from_preset("vit-demo-patch8-32", ["a", "b"], VIT | {"head_hidden_size": 8}).eval()
     images = torch.randn(2, 3, 64, 32)
     torch.testing.assert_close(logits_of(model, images), model(images, interpolate_pos_encoding=True).logits)
+
+
+@pytest.mark.parametrize("family", ["resnet", "resnet-18", "bit", "bit-224", "hybrid"])
+def test_grad_cam_is_the_papers_by_autograd_through_the_models_own_forward_pass(family):
+    preset, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    model = from_preset(preset, ["a", "b", "c"], changes).eval().requires_grad_(False)  # frozen weights too
+    head = model.classifier if family == "hybrid" else model.classifier[-1]
+    torch.nn.init.normal_(head.weight)
+    image = torch.randn(1, 3, 32, 32)
+    found = grad_cam(model, image)
+
+    if family == "hybrid":
+        pixels = image.clone().requires_grad_()
+        backbone = model.vit.embeddings.patch_embeddings.backbone
+        last_map = backbone(pixels)
+        backbone.forward = lambda pixel_values: last_map
+        logits = model(pixels).logits[0]
+        logits.max().backward(inputs=[last_map])
+        weights = last_map.grad[0].mean(dim=(1, 2))
+        last_map = last_map[0].detach()
+    else:  # the map, averaged, is what the linear head reads: its weights over the places are the derivative
+        states = model(image, output_hidden_states=True)
+        last_map = states.hidden_states[-1][0] if "resnet" in family else model.bit.norm(states.hidden_states[-1])[0]
+        weights = head.weight[states.logits.argmax()] / last_map[0].numel()
+    expected = torch.zeros(last_map.shape[1:])
+    for weight, channel in zip(weights, last_map, strict=True):
+        expected += weight * channel
+    assert found.shape == expected.shape and found.min() >= 0
+    np.testing.assert_allclose(found, expected.clamp_min(0), rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_vit_of_patches_has_no_feature_map():
+    assert grad_cam(from_preset("vit-demo-patch8-32", ["a"], VIT).eval(), torch.randn(1, 3, 32, 32)) is None

@@ -16,7 +16,7 @@ from tests.runs import launch, python, trajectory
 from tests.test_convert import google_arrays, timm_folder, timm_tensors
 from vit_hf.analysis import figures
 from vit_hf.analysis.document import Picture
-from vit_hf.analysis.gallery import model_figures, sample_images
+from vit_hf.analysis.gallery import DISTANCES, model_figures, sample_images
 from vit_hf.cli import dispatch
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.rows.table import TableRows
@@ -86,7 +86,8 @@ def test_files_and_folders_at_another_size(vit, some_images, tmp_path):
     dispatch(["figures", vit, "--image_size", "48x64", "--output_dir", str(out),
               "--images", str(some_images / "b.png"), str(some_images)])  # fmt: skip
     page = (out / "index.html").read_text()
-    assert "4 images (b.png, a.jpg, b.png, c.png), at 48 x 64 pixels" in page and drawn(out) == EVERY
+    assert "4 images (b.png, a.jpg, b.png, c.png), at 48 x 64 pixels" in page and drawn(out) == EVERY - {"layer_cka"}
+    assert "32 images or more; here are 4." in page
     dispatch(
         ["figures", vit, "--images", str(some_images), "--num_images", "1", "--output_dir", str(tmp_path / "one")]
     )
@@ -114,15 +115,17 @@ def test_a_converted_checkpoint_has_all_figures(tmp_path, origin):
     assert drawn(tmp_path / "out") == EVERY
 
 
-FEWER = {
-    "vit": set(),
-    "better-baseline": {"attention_rollout", "attention_heads"},  # pooling mean
-    "relative": set(),
-    "none-map": {"position_similarity"},
-    "conv": {"patch_embedding_filters"},
-    "hybrid": {"patch_embedding_filters"},
-    "resnet": EVERY - {"saliency"},
-    "bit": EVERY - {"saliency"},
+PATCHES = {"patch_embedding_filters"}
+CONVOLUTIONS = {"stem_filters", "grad_cam", "feature_pca", "layer_cka", "saliency"}
+HAVE = {
+    "vit": EVERY,
+    "better-baseline": EVERY,  # pooling mean
+    "relative": EVERY,
+    "none-map": EVERY - {"position_similarity"},
+    "conv": EVERY - PATCHES | {"stem_filters"},
+    "hybrid": EVERY - PATCHES | {"stem_filters", "grad_cam"},
+    "resnet": CONVOLUTIONS,
+    "bit": CONVOLUTIONS,
 }
 
 
@@ -131,22 +134,68 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("vit", "conv
 
 @pytest.mark.parametrize("family", ["better-baseline", "relative", "none-map", "resnet", *SLOW])
 def test_each_family_has_what_it_can_have_and_says_what_it_has_not(family):
-    model, images = make(family), np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    model, many = make(family), np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     modes = [module.training for module in model.modules()]
-    blocks = model_figures(model, images, PREPROCESSING)
-    assert {block.name for block in blocks if isinstance(block, Picture)} == EVERY - FEWER[family]
+    blocks = model_figures(model, many[:2], PREPROCESSING, many)
+    assert {block.name for block in blocks if isinstance(block, Picture)} == HAVE[family]
     told = " ".join(block for block in blocks if isinstance(block, str))
-    said = {"better-baseline": "no output token", "none-map": "no position embeddings", "conv": "stem is conv",
-            "hybrid": "stem is hybrid_resnet", "resnet": "A ResNet has no", "bit": "A Bit has no"}  # fmt: skip
-    assert said.get(family, "") in told
+    said = {"none-map": "no position embeddings", "resnet": "A ResNet has no", "bit": "A Bit has no"}
+    assert said[family] in told if family in said else told == ""
     # the model goes on training as if nobody had looked
     assert modes == [module.training for module in model.modules()] and all(p.grad is None for p in model.parameters())
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == np.random.get_state()[1].tolist()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert family in ("resnet", "bit") or model.config._attn_implementation == "sdpa"
+
+
+def captions(blocks):
+    return {block.name: block.caption for block in blocks if isinstance(block, Picture)}
+
+
+def test_each_figure_names_its_definition():
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
+    told = {}
+    for definition, other in (("paper", "renormalised"), ("renormalised", "paper")):
+        blocks = model_figures(make(pooling="cls"), images[:1], PREPROCESSING, images, definition)
+        (distance,) = (block for block in blocks if getattr(block, "name", "") == "attention_distance")
+        (axes,) = distance.figure.axes
+        assert DISTANCES[definition] in axes.get_title() and DISTANCES[definition] in distance.caption
+        assert DISTANCES[other] not in distance.caption
+        told[definition] = axes.get_lines()[0].get_ydata()[0]
+    assert told["paper"] == pytest.approx(told["renormalised"] * 16 / 17)  # uniform attention
+    assert "over 32 images" in captions(blocks)["layer_cka"]
+    output = {pooling: captions(model_figures(make(pooling=pooling), images[:1], PREPROCESSING))["attention_rollout"]
+              for pooling in ("mean", "map")}  # fmt: skip
+    assert "of the mean of all patches to the input" in output["mean"] and "of the pooling probe" in output["map"]
+
+
+def test_with_few_images_layers_are_not_compared():
+    images = np.zeros((31, 32, 32, 3), np.uint8)
+    blocks = model_figures(make("resnet"), images[:1], PREPROCESSING, images)
+    assert "over 32 images or more; here are 31." in blocks[-2]
+
+
+@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
+def test_filters_of_grey_images_are_grey(family):
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    name = "patch_embedding_filters" if family == "vit" else "stem_filters"
+    pictures = {}
+    for kind, seen in (("grey", images[..., :1].repeat(3, axis=-1)), ("coloured", images)):
+        (block,) = (b for b in model_figures(make(family), seen, PREPROCESSING) if getattr(b, "name", "") == name)
+        assert ("colours are added up" in block.caption) == (kind == "grey")
+        pictures[kind] = np.asarray(block.figure.axes[0].images[0].get_array())
+    assert (pictures["grey"] == pictures["grey"][..., :1]).all()
+    assert not (pictures["coloured"] == pictures["coloured"][..., :1]).all()
+
+
+def test_similarity_below_0_has_a_colour_of_its_own():
+    (image,) = figures.layer_matrix(np.array([[1, -0.03], [-0.03, np.nan]]), ["1", "2"]).axes[0].images
+    assert image.get_clim() == (-0.03, 1)
+    (image,) = figures.layer_matrix(np.array([[1, 0.5], [0.5, 1]]), ["1", "2"]).axes[0].images
+    assert image.get_clim() == (0, 1)
 
 
 def test_a_tile_lies_at_its_place_and_is_labelled():
@@ -164,7 +213,7 @@ def test_a_tile_lies_at_its_place_and_is_labelled():
 
 
 def test_the_distance_figure_has_a_dot_for_each_head():
-    axes = figures.distance_by_layer(np.array([[1.0, 2], [3, 4], [5, 6]]), longest=4.5).axes[0]
+    axes = figures.distance_by_layer(np.array([[1.0, 2], [3, 4], [5, 6]]), uniform=4.5, definition="x").axes[0]
     assert [dots.get_offsets().tolist() for dots in axes.collections] == [
         [[1, 1], [2, 3], [3, 5]], [[1, 2], [2, 4], [3, 6]]
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_curves import course
 from vit_hf.cli import dispatch
-from vit_hf.commands.report import duration, row
+from vit_hf.commands.report import accuracy_interval, duration, row
 from vit_hf.errors import ArgumentError, UserError
 
 
@@ -37,7 +37,7 @@ def test_one_folder_with_nothing_but_its_lines(write, tmp_path, capsys):
     assert cells(said) == {
         "alone": {
             "run": "alone", "model": "-", "parameters": "-", "steps": "4", "images seen": "32",
-            "accuracy": "0.4000 (9 images)", "loss": "0.75", "images/s": "300", "wall time": "6.0 min",
+            "accuracy": "0.4000 (9 images)", "95 % interval": "0.1888 to 0.7333", "loss": "0.75", "images/s": "300", "wall time": "6.0 min",
             "training FLOPs": "20", "peak memory": "-",
         }
     }  # fmt: skip
@@ -68,6 +68,15 @@ def test_the_last_accuracy_is_told_not_the_best():
     lines = course()
     lines[-1]["eval_accuracy"] = 0.05
     assert "0.0500 (9 images)" in row("run", lines, {})
+
+
+def test_an_interval_stays_within_0_and_1():
+    """Wilson's, by hand: of 450 images with none wrong, (1 + z^2 / 2n -+ z sqrt(z^2 / 4n^2)) / (1 + z^2 / n)."""
+    z, n = 1.959964, 450
+    lowest = 1 / (1 + z**2 / n)
+    assert accuracy_interval([{"step": 1, "eval_accuracy": 1.0, "eval_samples": n}]) == f"{lowest:.4f} to 1.0000"
+    assert accuracy_interval([{"step": 1, "eval_accuracy": 0.0, "eval_samples": n}]) == f"0.0000 to {1 - lowest:.4f}"
+    assert accuracy_interval([{"step": 1, "eval_accuracy": 0.5}]) == accuracy_interval([]) == "-"
 
 
 def test_one_name_twice_is_told_apart_by_the_paths(write, tmp_path, capsys):

@@ -21,6 +21,7 @@ def test_mean_and_interval_of_three_seeds():
     assert found.mean == pytest.approx(0.92)
     assert found.half_width == pytest.approx(4.3027 * 0.02 / 3**0.5, rel=1e-4)
     assert str(found) == "0.9200 ± 0.0497"
+    assert str(estimate([0.8, 0.99])) == "0.8950 (0.0000 to 1.0000)"  # of two seeds: no accuracy lies beyond
     assert str(estimate([0.5])) == "0.5000" and estimate([]) is None
 
 

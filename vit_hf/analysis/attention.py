@@ -1,4 +1,4 @@
-"""How the tokens of a ViT attend: how far each head looks, and what the output token has looked at in the end.
+"""How the tokens of a ViT attend: how far each head looks, and what the output has looked at in the end.
 
 Layers are run one by one, and the weights of one (N x N a head) are reduced before the next are computed: at 1,370
 tokens and 32 layers all of them would take 4 GB an image. The model keeps its own form of attention; it is asked for
@@ -22,13 +22,14 @@ Reduce = Callable[[int, Tensor, Tensor], None]
 class Attention:
     """What is kept of an image's attention.
 
-    distance: pixels, (layers, heads). rollout: what reaches the output token from each patch, shares that sum to 1, (h, w);
-    None where there is no output token. heads: what the output token attends to in its last look, (heads, h, w), or None.
+    distance: pixels, (layers, heads). rollout: what reaches the output from each patch, shares that sum to 1, (h, w).
+    heads: what the output attends to in its last look, (heads, h, w). The output is the class token; with pooling=map the
+    probe; with pooling=mean all patches, and the numbers are means over them.
     """
 
     distance: np.ndarray
-    rollout: np.ndarray | None
-    heads: np.ndarray | None
+    rollout: np.ndarray
+    heads: np.ndarray
 
 
 @torch.no_grad()
@@ -51,46 +52,44 @@ def run_layers(vit: ViTModel, pixel_values: Tensor, reduce: Reduce) -> Tensor:
     return hidden_states
 
 
-def look(
-    vit: ViTModel, pixel_values: Tensor, also: Callable[[int, Tensor], None] = lambda layer, hidden_states: None
-) -> tuple[Attention, Tensor]:
+def look(vit: ViTModel, pixel_values: Tensor, *, renormalise: bool = False) -> tuple[Attention, Tensor]:
     """The attention of one image (1, C, H, W), reduced layer by layer, and the last layer's tokens (1, N, D), before the
     final norm.
 
     Args:
-        also: called with each layer's number and output (1, N, D).
+        renormalise: as in mean_distance.
 
     Raises:
         ValueError: patches do not divide the image.
+
+    Source: rollout with mean pooling: the head reads the mean of the patches, so what reaches it is the mean of their
+    rows of the rolled-out matrix.
     """
     grid_size, prefix = vit.grid_size(pixel_values, True), vit.config.num_prefix_tokens
     apart = patch_distances(grid_size, vit.config.token_stride).to(pixel_values.device)
     distances: list[Tensor] = []
     rolled: Tensor | None = None
     last_look: Tensor | None = None
-    has_output_token = vit.config.has_class_token or vit.attention_pool is not None
 
     def reduce(layer: int, hidden_states: Tensor, weights: Tensor) -> None:
         nonlocal rolled, last_look
         weights = weights[0].float()
-        distances.append(mean_distance(weights, apart))
-        if has_output_token:
-            rolled = roll(rolled, weights.mean(dim=0))
-        if vit.config.has_class_token and layer == len(vit.layers) - 1:
-            last_look = weights[:, 0].clone()  # a view of the row would keep all weights
-        also(layer, hidden_states)
+        distances.append(mean_distance(weights, apart, renormalise))
+        rolled = roll(rolled, weights.mean(dim=0))
+        if layer == len(vit.layers) - 1:
+            # a view of the class token's row would keep all weights
+            last_look = weights[:, 0].clone() if vit.config.has_class_token else weights[:, prefix:].mean(dim=1)
 
     hidden_states = run_layers(vit, pixel_values, reduce)
-    rollout = None
     if vit.attention_pool is not None:
         last_look = probe_attention(vit, hidden_states)
         rollout = last_look.mean(dim=0) @ rolled  # the probe has no residual connection: no identity is added
-    elif has_output_token:
-        rollout = rolled[0]
+    else:
+        rollout = rolled[0] if vit.config.has_class_token else rolled[prefix:].mean(dim=0)
     attention = Attention(
         distance=torch.stack(distances).cpu().numpy(),
-        rollout=None if rollout is None else _share(rollout[prefix:]).reshape(grid_size).cpu().numpy(),
-        heads=None if last_look is None else last_look[:, prefix:].reshape(-1, *grid_size).cpu().numpy(),
+        rollout=_share(rollout[prefix:]).reshape(grid_size).cpu().numpy(),
+        heads=last_look[:, prefix:].reshape(-1, *grid_size).cpu().numpy(),
     )
     return attention, hidden_states
 
@@ -102,20 +101,30 @@ def patch_distances(grid_size: Grid, token_stride: tuple[int, int]) -> Tensor:
     return (centres[:, None] - centres[None]).square().sum(dim=-1).sqrt()
 
 
-def mean_distance(weights: Tensor, apart: Tensor) -> Tensor:
-    """How far each head looks: for each patch the distance to all patches (itself at 0), averaged with its attention
-    as weights, then the mean over patches. (heads, N, N) -> pixels (heads,).
+def mean_distance(weights: Tensor, apart: Tensor, renormalise: bool = False) -> Tensor:
+    """How far each head looks: for each patch the distance to all patches (itself at 0), weighted with its attention and
+    summed, then the mean over patches. (heads, N, N) -> pixels (heads,).
 
-    Class token and registers have no place: they are left out, and a patch's weights for the patches are scaled to sum
-    to 1, so that attention to a class token does not count as nearness.
+    Class token and registers have no place, so they are left out. Their weights are missing in the sum, so attention to
+    them counts as distance 0, as in the authors' code. With `renormalise` a patch's weights for the patches are scaled to
+    sum to 1 first: the distance of what attention falls on patches at all.
 
-    Source: ViT paper (arXiv 2010.11929), section 4.5 and appendix D.7; "weighted average" in the authors' words in
-    google-research/vision_transformer, issue 162, in steps of the grid there, in pixels here as in figure 7.
+    Source: ViT paper (arXiv 2010.11929), section 4.5 and appendix D.7; the authors' code in google-research/
+    vision_transformer, issue 162: sum(maps * w[1:, 1:]), in pixels.
     """
     prefix = weights.shape[-1] - len(apart)
     among = weights[:, prefix:, prefix:]
-    total = among.sum(dim=-1).clamp_min(torch.finfo(among.dtype).tiny)
-    return (torch.einsum("hqk,qk->hq", among, apart) / total).mean(dim=-1)
+    sums = torch.einsum("hqk,qk->hq", among, apart)
+    if renormalise:
+        sums = sums / among.sum(dim=-1).clamp_min(torch.finfo(among.dtype).tiny)
+    return sums.mean(dim=-1)
+
+
+def uniform_distance(vit: ViTModel, grid_size: Grid, renormalise: bool = False) -> float:
+    """mean_distance of attention that is spread evenly over all tokens, in pixels."""
+    apart, prefix = patch_distances(grid_size, vit.config.token_stride), vit.config.num_prefix_tokens
+    even = torch.full((1, prefix + len(apart), prefix + len(apart)), 1 / (prefix + len(apart)))
+    return float(mean_distance(even, apart, renormalise))
 
 
 def roll(rolled: Tensor | None, weights: Tensor) -> Tensor:

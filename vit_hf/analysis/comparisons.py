@@ -1,5 +1,7 @@
-"""Models side by side: accuracies with their intervals in, matplotlib figures out."""
+"""Models side by side: accuracies with their intervals in, matplotlib figures out. An accuracy is between 0 and 1, and so
+is an interval as it is drawn: what lies beyond is cut off, which takes nothing from the chance that it holds the true value."""
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
@@ -7,6 +9,12 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from vit_hf.analysis.curves import legend_label
 
 Point = tuple[float, float | None]  # a mean, and half the width of its interval where it has one
+
+
+def bars(mean: float, half_width: float | None) -> tuple[float, float]:
+    """How far the interval reaches below and above the mean, within [0, 1]."""
+    width = half_width or 0.0
+    return min(width, max(mean, 0.0)), min(width, max(1.0 - mean, 0.0))
 
 
 def accuracy_by_category(series: dict[str, dict[str, Point]], places: tuple[str, ...], xlabel: str) -> Figure:
@@ -21,7 +29,7 @@ def accuracy_by_category(series: dict[str, dict[str, Point]], places: tuple[str,
         axes.errorbar(
             [values.index(x) + shift for x in drawn],
             means,
-            [width or 0 for width in widths],
+            np.transpose([bars(*point) for point in zip(means, widths, strict=True)]),
             label=legend_label(label),
             marker="o",
             capsize=3,
@@ -35,7 +43,7 @@ def accuracy_by_cost(points: dict[str, tuple[float, Point]]) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, (label, (flops, (mean, width))) in enumerate(points.items()):
-        axes.errorbar(flops / 1e6, mean, width or 0, label=legend_label(label), marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
+        axes.errorbar(flops / 1e6, mean, np.transpose([bars(mean, width)]), label=legend_label(label), marker="os^Dv"[number // 10 % 5], capsize=3, linestyle="none")  # fmt: skip
     axes.set(xscale="log", xlabel="forward pass of one image, MFLOP")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -48,7 +56,7 @@ def accuracy_by_row(points: dict[str, Point]) -> Figure:
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(points)), layout="constrained")
     axes = figure.subplots()
     for place, (mean, width) in enumerate(points.values()):
-        axes.errorbar(mean, place, xerr=width or 0, marker="o", color="C0", capsize=3)
+        axes.errorbar(mean, place, xerr=np.transpose([bars(mean, width)]), marker="o", color="C0", capsize=3)
     axes.set(
         yticks=range(len(points)),
         yticklabels=map(legend_label, points),

@@ -20,8 +20,12 @@ Lines = list[dict[str, Any]]  # the lines of one run's metrics.jsonl
 LEGEND_INSIDE = 6  # with more runs, or with names longer than so many characters, the legend would cover the curves
 LEGEND_INSIDE_LENGTH = 24
 LABEL_LENGTH = 48  # characters of a run's name in a legend
+APART = 4  # runs whose numbers of steps are further apart are drawn against the share of their steps, too
 WIDE = 10  # values that span more than tenfold are on a logarithmic axis, where the panel has one
 LINE_STYLES = ("-", "--", "-.", ":")  # after ten colours the next style begins
+
+
+SHARE = "share of steps"  # a key that lines are given here
 
 
 class Panel(NamedTuple):
@@ -70,29 +74,55 @@ def draw_curves(runs: dict[str, Lines], panels: Sequence[Panel]) -> Figure:
     """Panels side by side with all runs in each, one colour and line style a run, and one legend.
 
     A panel that no run has points for is left out, unless all are. Loss and gradient norm are on a logarithmic axis
-    where they span more than tenfold, and so is what a run has cost where the runs end that far apart.
+    where they span more than tenfold, and so is what a run has cost where the runs end that far apart. On an axis of
+    steps a run of few of them is a line at the left edge: where runs are that unlike in length, a second row of panels has
+    the share of each run's steps.
 
     Args:
         runs: {name: the lines of its metrics.jsonl}.
     """
     shown = drawable(runs, panels) or list(panels)
+    rows = [shown]
+    if all(panel.x == "step" for panel in shown) and unlike_in_length(runs):
+        runs = {name: with_shares(lines) for name, lines in runs.items()}
+        rows.append([panel._replace(x=SHARE, x_label="share of the run's steps") for panel in shown])
     labels = [legend_label(name) for name in runs]
     longest = max(map(len, labels))
     outside = len(runs) > LEGEND_INSIDE or longest > LEGEND_INSIDE_LENGTH
     width = 4.5 * len(shown) + (0.6 + 0.075 * longest if outside else 0)
-    figure = Figure(figsize=(width, max(3.6, 0.3 + 0.17 * len(runs))), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    height = max(3.6 if len(rows) == 1 else 6.2, 0.3 + 0.17 * len(runs))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(len(rows), len(shown), squeeze=False)
+    for axes, panel in zip(grid.flat, [panel for row in rows for panel in row], strict=True):
         curves = [points(lines, panel) for lines in runs.values()]
         for number, (label, (x, y)) in enumerate(zip(labels, curves, strict=True)):
             axes.plot(x, y, color=f"C{number % 10}", linestyle=LINE_STYLES[number // 10 % 4], label=label,
                       marker="o" if len(x) < 25 else None, markersize=3, linewidth=1.2)  # fmt: skip
         _set_axes(axes, panel, curves)
-    handles = figure.axes[-1].get_lines()
+    handles = grid[0, -1].get_lines()
     if outside:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     else:
-        figure.axes[-1].legend(handles, labels, loc="best", fontsize=9)
+        grid[0, -1].legend(handles, labels, loc="best", fontsize=9)
     return figure
+
+
+def unlike_in_length(runs: dict[str, Lines]) -> bool:
+    """Whether the longest run has more than APART times the steps of the shortest."""
+    lengths = [length for length in map(last_step, runs.values()) if length > 0]
+    return bool(lengths) and max(lengths) > APART * min(lengths)
+
+
+def last_step(lines: Lines) -> float:
+    """0 where no line has a step."""
+    return max((line["step"] for line in lines if _is_number(line.get("step"))), default=0)
+
+
+def with_shares(lines: Lines) -> Lines:
+    """The lines, each with the share of the run's steps that were done by then; of an unfinished run, of those it has
+    done so far."""
+    last = last_step(lines)
+    return [line | {SHARE: line["step"] / last} if last and _is_number(line.get("step")) else line for line in lines]
 
 
 def _set_axes(axes: Axes, panel: Panel, curves: list[tuple[list[float], list[float]]]) -> None:
@@ -106,7 +136,7 @@ def _set_axes(axes: Axes, panel: Panel, curves: list[tuple[list[float], list[flo
             set_formatter("{x:g}")
     elif panel.from_zero:
         axes.set_ylim(bottom=0)
-    if panel.x != "step" and _is_wide([x[-1] for x, _ in curves if x]):
+    if panel.x not in ("step", SHARE) and _is_wide([x[-1] for x, _ in curves if x]):
         axes.set_xscale("log")
     else:
         axes.set_xlim(left=0)

@@ -1,4 +1,4 @@
-"""What the first layers of a ViT hold: filters of the patch embedding, similarity of positions. Arrays out."""
+"""What the first layers of a model hold: filters of the patch embedding or of a stem, similarity of positions. Arrays out."""
 
 import numpy as np
 import torch
@@ -10,12 +10,22 @@ from vit_hf.models.positions import Grid
 NUM_FILTERS = 28  # as many as figure 7 of the ViT paper shows
 
 
+NUM_STEM_FILTERS = 64
+STRUCTURE = 0.1  # differences of colours whose neighbours correlate less hold nothing that was learned
+
+
 @torch.no_grad()
-def patch_filters(vit: ViTModel, number: int = NUM_FILTERS) -> tuple[np.ndarray, np.ndarray] | None:
+def patch_filters(
+    vit: ViTModel, grey_std: Tensor | None = None, number: int = NUM_FILTERS
+) -> tuple[np.ndarray, np.ndarray] | None:
     """The first principal components of the filters of the patch embedding.
 
     The D filters are points in the space of a patch's pixels (P x P x C values); their mean is taken off. The sign of a
     component is arbitrary: here its largest value is positive.
+
+    Args:
+        grey_std: the deviations (C,) that normalise images, where the filters are those of grey data: channels are
+            summed first (see `grey_filters`), and C is 1.
 
     Returns:
         components (n, P, P, C), each of norm 1, n at most `number`; and the share of the filters' variance that lies
@@ -25,9 +35,56 @@ def patch_filters(vit: ViTModel, number: int = NUM_FILTERS) -> tuple[np.ndarray,
     """
     if vit.config.stem != "patch":
         return None
-    weight = vit.embeddings.patch_embeddings.projection.weight.float().cpu()
+    weight = first_weight(vit)
+    weight = weight if grey_std is None else grey_filters(weight, grey_std)
     components, shares = principal_components(weight.flatten(1), number)
     return components.reshape(-1, *weight.shape[1:]).permute(0, 2, 3, 1).numpy(), shares.numpy()
+
+
+@torch.no_grad()
+def stem_filters(encoder: nn.Module, grey_std: Tensor | None = None, number: int = NUM_STEM_FILTERS) -> np.ndarray:
+    """The first so many filters of the first convolution, as they come: (n, P, P, C). A standardised convolution
+    subtracts a number from each filter and divides it by another, which is not done here.
+
+    Args:
+        grey_std: as in patch_filters.
+    """
+    weight = first_weight(encoder)[:number]
+    return (weight if grey_std is None else grey_filters(weight, grey_std)).permute(0, 2, 3, 1).numpy()
+
+
+def first_weight(encoder: nn.Module) -> Tensor:
+    """Of the first convolution that sees the image, float32 (D, C, P, P) on the CPU."""
+    return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d)).weight.detach().float().cpu()
+
+
+def grey_filters(weight: Tensor, std: Tensor) -> Tensor:
+    """What filters (D, C, P, P) do to grey images, whose channels are alike until each is divided by its own deviation:
+    (D, 1, P, P)."""
+    return (weight / std.flatten().cpu()[None, :, None, None]).sum(dim=1, keepdim=True)
+
+
+def colour_structure(weight: Tensor) -> float | None:
+    """Whether filters (D, C, P, P) have learned of colours: the correlation of neighbouring pixels in what makes their
+    channels different. None where channels are alike.
+
+    Grey images move all channels of a filter alike, so the differences stay the noise that they started from, in which
+    neighbours have nothing in common. What colours have taught is smooth.
+    """
+    apart = weight - weight.mean(dim=1, keepdim=True)
+    if apart.norm() <= 1e-3 * weight.norm():
+        return None
+    pairs = [(apart[..., 1:], apart[..., :-1]), (apart[..., 1:, :], apart[..., :-1, :])]
+    products = sum(float((one * other).sum()) for one, other in pairs)
+    squares = [sum(float(pair[side].square().sum()) for pair in pairs) for side in (0, 1)]
+    return products / max((squares[0] * squares[1]) ** 0.5, 1e-30)
+
+
+def looks_grey(weight: Tensor, images_are_grey: bool) -> bool:
+    """Whether the channels of filters say nothing by themselves: they are alike, or all images at hand are grey and the
+    channels' differences are noise."""
+    structure = colour_structure(weight)
+    return structure is None or (images_are_grey and abs(structure) < STRUCTURE)
 
 
 def principal_components(points: Tensor, number: int) -> tuple[Tensor, Tensor]:

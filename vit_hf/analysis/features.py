@@ -1,47 +1,18 @@
-"""What the layers of a ViT make of images: how alike layers are, what the last tokens have in common, and which pixels
-the answer hangs on. Arrays out."""
+"""What a model makes of images: what its last features have in common, and which pixels and places the answer hangs on.
+Arrays out."""
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_hf.analysis.embeddings import principal_components
 from vit_hf.models.modeling_vit import ViTForImageClassification
 from vit_hf.models.positions import Grid
 
-MAX_TOKENS = 1024  # that stand for each layer in CKA: the memory is their square
-
-
-def spread(tokens: Tensor, images: int) -> Tensor:
-    """The share of one of so many images in the tokens that stand for a layer: (1, N, D) -> float32 (n, D) on the CPU,
-    evenly spaced, n = MAX_TOKENS / images at most."""
-    number = max(1, min(tokens.shape[1], MAX_TOKENS // images))
-    places = torch.linspace(0, tokens.shape[1] - 1, number, device=tokens.device).round().long()
-    return tokens[0, places].float().cpu()
-
-
-def linear_cka(layers: list[Tensor]) -> np.ndarray:
-    """How alike layers are, whatever rotation and scale they are in: n rows of features of each, (n, D), float32, the
-    same n tokens in each -> (layers, layers) in [0, 1], 1 on the diagonal; nan for a layer whose rows are all the same.
-
-    CKA(X, Y) = |Y'X|^2 / (|X'X| |Y'Y|) with centred columns and Frobenius norms; computed, with the same result, as the
-    cosine of the matrices XX' and YY'. Few rows of wide features look more alike than they are.
-
-    Source: Kornblith et al. (arXiv 1905.00414), section 3, linear CKA.
-    """
-    grams = []
-    for features in layers:
-        centred = features - features.mean(dim=0)
-        gram = centred @ centred.T
-        norm = gram.norm()
-        grams.append((gram / norm).flatten() if norm > 0 else torch.full((gram.numel(),), torch.nan))
-    stacked = torch.stack(grams)
-    return (stacked @ stacked.T).clamp(0, 1).numpy()
-
 
 def feature_colours(tokens: Tensor, grid_size: Grid) -> np.ndarray:
-    """Patch tokens of all images (B, h*w, D) -> their first three principal components as RGB (B, h, w, 3) in [0, 1], each
+    """Patch tokens of all images (B, h*w, D), or places of a feature map -> their first three principal components as RGB (B, h, w, 3) in [0, 1], each
     stretched over all images: the same colour is the same feature everywhere.
 
     Source: DINOv2 (arXiv 2304.07193), section 7.5 and figure 1 (without its removal of the background).
@@ -74,6 +45,41 @@ def saliency(model: torch.nn.Module, image: Tensor, mean: Tensor, std: Tensor) -
         (gradient,) = torch.autograd.grad(logits[winner], pixels)
     probability = float(logits.detach().softmax(dim=-1)[winner])
     return gradient[0].abs().amax(dim=0).float().cpu().numpy(), winner, probability
+
+
+def grad_cam(model: nn.Module, pixel_values: Tensor) -> np.ndarray | None:
+    """Where on the last feature map of the convolutions the winning class is seen: the map's channels, each weighted with
+    the mean derivative of the class's logit by it, summed, what is below 0 cut off: (1, 3, H, W) -> (h, w); None for a
+    model without such a map.
+
+    Source: Selvaraju et al. (arXiv 1610.02391), section 3, equations 1 and 2.
+    """
+    if last_map_reader(model) is None:
+        return None
+    with torch.enable_grad():
+        last_map, logits = last_map_and_logits(model, pixel_values.detach().clone().requires_grad_())
+        (gradient,) = torch.autograd.grad(logits[0].float().max(), last_map)
+    weights = gradient.float().mean(dim=(2, 3), keepdim=True)
+    return (weights * last_map.detach().float()).sum(dim=1)[0].relu().cpu().numpy()
+
+
+def last_map_reader(model: nn.Module) -> nn.Module | None:
+    """What reads the last feature map of the convolutions: the pooling of a ResNet or BiT, the projection of a hybrid;
+    None for another ViT."""
+    if not isinstance(model, ViTForImageClassification):
+        return model.base_model.pooler
+    return model.vit.embeddings.patch_embeddings.projection if model.config.stem == "hybrid_resnet" else None
+
+
+def last_map_and_logits(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """The feature map (B, C, h, w) that `last_map_reader` reads, and the logits (B, K)."""
+    kept: list[Tensor] = []
+    hook = last_map_reader(model).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    try:
+        logits = logits_of(model, pixel_values)
+    finally:
+        hook.remove()
+    return kept[0], logits
 
 
 def logits_of(model: torch.nn.Module, pixel_values: Tensor) -> Tensor:

@@ -26,21 +26,23 @@ def contact_sheet(
     return figure
 
 
-def filter_grid(filters: np.ndarray, shares: np.ndarray) -> Figure:
-    """Principal components of patch filters as small RGB pictures, seven in a row, each stretched to [0, 1].
+def filter_grid(filters: np.ndarray, heading: str, titles: list[str] | None = None, columns: int = 7) -> Figure:
+    """Filters or their principal components as small pictures, each stretched to [0, 1].
 
     Args:
-        filters: (n, P, P, 3). shares: of the variance, (n,).
+        filters: (n, P, P, C), colours for C of 3, grey for 1. titles: of each, above it.
     """
-    columns = min(7, len(filters))
+    columns = min(columns, len(filters))
     rows = -(-len(filters) // columns)
-    figure = Figure(figsize=(1.1 * columns + 0.2, 1.3 * rows + 0.5), layout="constrained")
-    figure.suptitle(f"Patch embedding filters: first {len(filters)} principal components", fontsize=10)
+    side, above = (1.1, 0.2) if titles else (0.75, 0)
+    figure = Figure(figsize=(max(side * columns + 0.2, 4.6), (side + above) * rows + 0.5), layout="constrained")
+    figure.suptitle(heading, fontsize=10)
     for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.set_axis_off()
         if number < len(filters):
-            axes.imshow(stretched(filters[number]), interpolation="nearest")
-            axes.set_title(f"{number + 1}: {100 * shares[number]:.1f} %", fontsize=7)
+            picture = stretched(filters[number])
+            axes.imshow(picture.repeat(3 // picture.shape[-1], axis=-1), interpolation="nearest")
+            axes.set_title(titles[number] if titles else "", fontsize=7)
     return figure
 
 
@@ -72,12 +74,12 @@ def similarity_tiles(similarity: np.ndarray) -> Figure:
     return figure
 
 
-def distance_by_layer(distance: np.ndarray, longest: float) -> Figure:
+def distance_by_layer(distance: np.ndarray, uniform: float, definition: str) -> Figure:
     """Mean attention distance, a dot for each head of each layer.
 
     Args:
-        distance: pixels (layers, heads). longest: the distance in pixels of attention spread evenly over the image,
-            drawn as a line.
+        distance: pixels (layers, heads). uniform: the distance in pixels of attention that is spread evenly, drawn as a
+            line. definition: of the two, under the title.
     """
     layers, heads = distance.shape
     figure = Figure(figsize=(6, 4.2), layout="constrained")
@@ -85,13 +87,13 @@ def distance_by_layer(distance: np.ndarray, longest: float) -> Figure:
     for head, line in enumerate(distance.T):
         colour = colormaps["turbo"]((head + 0.5) / heads)
         axes.scatter(np.arange(1, layers + 1), line, s=22, alpha=0.8, label=f"head {head + 1}", color=colour)
-    axes.axhline(longest, color="grey", linewidth=1, linestyle="--", label="uniform attention")
+    axes.axhline(uniform, color="grey", linewidth=1, linestyle="--", label="uniform attention")
     axes.set(
         xlabel="network depth (layer)",
         ylabel="mean attention distance (pixels)",
-        ylim=(0, 1.06 * max(longest, distance.max())),
+        ylim=(0, 1.06 * max(uniform, distance.max())),
     )
-    axes.set_title("Mean attention distance of each head")
+    axes.set_title(f"Mean attention distance of each head\n{definition}", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -136,19 +138,24 @@ def maps_over_images(
 
 
 def layer_matrix(similarity: np.ndarray, names: list[str]) -> Figure:
-    """How alike each pair of layers is, the first layer at the bottom left.
+    """How alike each pair of layers is, the first layer at the bottom left. The colours begin at 0, or below where an
+    estimate is negative; a layer without similarity is grey.
 
     Args:
-        similarity: (L, L) in [0, 1].
+        similarity: (L, L) in [-1, 1], or nan.
     """
     figure = Figure(figsize=(5.6, 4.8), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(similarity, vmin=0, vmax=1, cmap="magma", origin="lower", interpolation="nearest")
+    lowest = min(0.0, float(np.nanmin(similarity, initial=0.0)))
+    shown = axes.imshow(
+        similarity, vmin=lowest, vmax=1, cmap=colormaps["magma"].with_extremes(bad="grey"), origin="lower",
+        interpolation="nearest",
+    )  # fmt: skip
     places = np.arange(0, len(names), max(1, -(-len(names) // 18)))
     axes.set_xticks(places, [names[place] for place in places], rotation=90, fontsize=8)
     axes.set_yticks(places, [names[place] for place in places], fontsize=8)
     axes.set(xlabel="layer", ylabel="layer", title="Similarity of layers (linear CKA)")
-    figure.colorbar(shown, ax=axes, label="linear CKA")
+    figure.colorbar(shown, ax=axes, label="linear CKA, unbiased estimate")
     return figure
 
 

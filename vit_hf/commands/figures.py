@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vit_hf.arguments import parse, pick
 from vit_hf.arguments.fields import GivenModelArguments, PreprocessingArguments, flag
@@ -23,6 +23,10 @@ class FiguresArguments(PreprocessingArguments, GivenModelArguments):
     label_column_name: str | None = flag(None, "label column (default: found by its type)")
     eval_split: str | None = flag(None, "split to take images of (default: test, or validation)")
     num_images: int = flag(8, "most images that are taken of a set or of a folder", low=1)
+    cka_images: int = flag(256, "most images of a set that the similarity of layers is estimated over", low=32)
+    attention_distance: Literal["paper", "renormalised"] = flag(
+        "paper", "attention to the class token counts as distance 0, as in the authors' code, or patches alone count"
+    )
     image_size: int | tuple[int, int] | None = flag(
         None, "input in pixels: SIDE, or HEIGHTxWIDTH (default: the model's)", kind=IMAGE_SIZE
     )
@@ -63,10 +67,14 @@ def main(argv: list[str]) -> None:
             )
         check_channels(model.config)
         preprocessing = own_at_size(args, model.config)
-    images, what = read_files(files, preprocessing) if files is not None else read_set(args, preprocessing)
+    if files is not None:
+        images, what = read_files(files, preprocessing)
+        many_images = images
+    else:
+        images, many_images, what = read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with model_errors(model=args.model):
-        blocks = model_figures(model, images, preprocessing)
+        blocks = model_figures(model, images, preprocessing, many_images, args.attention_distance)
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     pixels = " x ".join(map(str, preprocessing.image_size))
     intro = f"{len(images)} images {what}, at {pixels} pixels (height x width): {preprocessing}."
@@ -129,8 +137,9 @@ def read_files(files: list[Path], preprocessing: Any) -> tuple[Any, str]:
     return np.stack(images), f"({', '.join(file.name for file in files)})"
 
 
-def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
-    """Images of the evaluation split, and where they are from. Raises UserError where none decodes."""
+def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, Any, str]:
+    """Images of the evaluation split to draw, those to compare layers over, and where they are from. Raises UserError
+    where none decodes."""
     from vit_hf.analysis.gallery import sample_images
     from vit_hf.data.rows.table import TableRows
     from vit_hf.data.sets.load import SetSettings, load_set
@@ -139,7 +148,8 @@ def read_set(args: FiguresArguments, preprocessing: Any) -> tuple[Any, str]:
     name = args.dataset_name or "digits"
     seed = trained_split_seed(args.model)
     splits = load_set(pick(SetSettings, args, dataset_name=name, revision=None, split_seed=seed, need_train=False))
-    images = sample_images(TableRows(splits.eval), preprocessing, args.num_images)
+    rows = TableRows(splits.eval)
+    images, many_images = (sample_images(rows, preprocessing, most) for most in (args.num_images, args.cka_images))
     if len(images) == 0:
         raise UserError(f"none of the images that were taken of {name} decodes")
-    return images, f"of {Path(name).name} ({splits.eval_split})"
+    return images, many_images, f"of {Path(name).name} ({splits.eval_split})"

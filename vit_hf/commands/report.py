@@ -9,12 +9,12 @@ from vit_hf.arguments import Parser
 from vit_hf.errors import ArgumentError, UserError
 
 COLUMNS = [
-    "run", "model", "parameters", "steps", "images seen", "accuracy", "loss", "images/s", "wall time",
+    "run", "model", "parameters", "steps", "images seen", "accuracy", "95 % interval", "loss", "images/s", "wall time",
     "training FLOPs", "peak memory",
 ]  # fmt: skip
 CAPTION = (
     "The last values of each run; nothing is selected on the evaluation split. accuracy: top-1 and the number of "
-    "evaluation images; loss: training loss; images/s: the median of the logged lines; training FLOPs: 3 x those of the model's forward "
+    "evaluation images; 95 % interval: Wilson's, over those images; loss: training loss; images/s: the median of the logged lines; training FLOPs: 3 x those of the model's forward "
     "pass for each image seen; peak memory: of the main process, on its accelerator where it uses one."
 )
 
@@ -136,6 +136,7 @@ def row(name: str, lines: list[dict[str, Any]], extras: dict[str, Any]) -> list[
         f"{steps:,}" if total in (None, steps) else f"{steps:,} of {total:,}",
         cell(last.get("images_seen"), "{:,}".format),
         accuracy(lines, steps),
+        accuracy_interval(lines),
         cell(last.get("loss"), "{:.4g}".format),
         # the median line: the first one holds the warm-up of the machine
         cell(speeds[len(speeds) // 2] if speeds else None, "{:.0f}".format),
@@ -154,6 +155,19 @@ def accuracy(lines: list[dict[str, Any]], steps: int) -> str:
     details = [f"{line['eval_samples']:,} images"] if "eval_samples" in line else []
     details += [f"step {line['step']:,}"] if line["step"] != steps else []
     return f"{line['eval_accuracy']:.4f}" + (f" ({', '.join(details)})" if details else "")
+
+
+def accuracy_interval(lines: list[dict[str, Any]]) -> str:
+    """Of the last accuracy, over other images of the same kind. Source: Wilson 1927; it does not leave [0, 1]."""
+    from scipy import stats
+
+    evaluated = [line for line in lines if line.get("eval_accuracy") is not None]
+    samples = evaluated[-1].get("eval_samples") if evaluated else None
+    if not samples:
+        return "-"
+    found = stats.binomtest(round(evaluated[-1]["eval_accuracy"] * samples), samples)
+    low, high = found.proportion_ci(0.95, method="wilson")
+    return f"{low:.4f} to {high:.4f}"
 
 
 def values(lines: list[dict[str, Any]], key: str) -> list[float]:

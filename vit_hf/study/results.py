@@ -31,8 +31,12 @@ class Estimate:
     def __str__(self) -> str:
         if self.half_width == 0:
             return f"{self.mean:.4f} (all seeds)"
-        width = "" if self.half_width is None else f" ± {self.half_width:.4f}"
-        return f"{self.mean:.4f}{width}"
+        if self.half_width is None:
+            return f"{self.mean:.4f}"
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        if 0 <= low and high <= 1:
+            return f"{self.mean:.4f} ± {self.half_width:.4f}"
+        return f"{self.mean:.4f} ({max(low, 0):.4f} to {min(high, 1):.4f})"  # no accuracy lies beyond
 
 
 @dataclasses.dataclass(frozen=True)
