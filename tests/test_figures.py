@@ -351,6 +351,9 @@ def test_one_of_two_processes_draws_and_the_course_is_the_same(tmp_path, config,
     for name, more in (("plain", {}), ("watched", {"log_figures_steps": 2})):
         done = launch("pretrain", config, launcher=launcher, output_dir=tmp_path / name, **flags, **more)
         assert done.returncode == 0, done.stderr
+        assert "%|" not in done.stderr  # no bar where nobody can look at it, but each step's line, of one process
+        logged = re.findall(r"^step (\d) of 4: loss [\d.]+, learning rate \S+, [\d,]+ images/s", done.stderr, re.M)
+        assert logged == ["1", "2", "3", "4"] and len(done.stderr) < 20_000
     assert drawn(tmp_path / "watched/figures") == EVERY
     assert trajectory(tmp_path / "plain") == trajectory(tmp_path / "watched")
 

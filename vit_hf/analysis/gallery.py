@@ -33,7 +33,7 @@ POSITIONS = {
 HEADS_SHOWN = 4  # images whose heads are drawn one by one
 CKA_IMAGES = 256  # that layers are compared over, where a set has as many
 DISTANCES = {
-    "paper": "authors' sum: attention to other tokens counts as 0",
+    "paper": "authors' sum: attention to tokens without a place counts as 0",
     "renormalised": "renormalised: a patch's attention to patches sums to 1",
 }
 
