@@ -5,13 +5,14 @@ import sys
 
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
-COMMANDS = ("models", "convert", "evaluate", "figures", "data", "report", "study")
+COMMANDS = ("models", "convert", "evaluate", "predict", "figures", "data", "report", "study")
 USAGE = """usage: vit-hf COMMAND ...
 
 commands:
   models [NAME]                        the presets: size, operations and memory of each; the shapes inside one
   convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
+  predict MODEL IMAGE|FOLDER|NAME ...  the classes of images: a table, a file, or copies sorted into folders
   figures MODEL [--images FILE ...]    filters, positions, attention, saliency and features, as pictures and a page
   data prepare | show | bench | cache  a smaller copy of a set; a picture of what training makes of it; how fast it comes;
                                        the sets that are kept decoded

@@ -52,14 +52,14 @@ def parse(
     *,
     prog: str,
     description: str = "",
-    positional: str | None = None,
+    positional: str | tuple[str, ...] | None = None,
     default_config: str | Path | None = None,
 ) -> Any:
     """Parses flags over a YAML file over the defaults of the dataclass `cls`.
 
     Args:
         default_config: the recipe of a call with no words at all; the call says that it is used.
-        positional: a field that is given without a flag.
+        positional: a field that is given without a flag, or several; of a list, one word or more.
 
     Raises:
         ArgumentError: an unknown or malformed flag or key, or a value outside its range.
@@ -194,7 +194,8 @@ class Parser(argparse.ArgumentParser):
         raise ArgumentError(message)
 
 
-def _parser(cls: type, prog: str, description: str, positional: str | None) -> Parser:
+def _parser(cls: type, prog: str, description: str, positional: str | tuple[str, ...] | None) -> Parser:
+    unnamed = (positional,) if isinstance(positional, str) else positional or ()
     parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if positional is None:
         parser.add_argument("--config", help="YAML file with the same names as the flags; a flag wins over the file")
@@ -204,8 +205,10 @@ def _parser(cls: type, prog: str, description: str, positional: str | None) -> P
             groups.setdefault(name, base)
     titles: dict[type, Any] = {}
     for item in dataclasses.fields(cls):
-        if item.name == positional:
-            parser.add_argument(item.name, help=item.metadata["help"])
+        if item.name in unnamed:
+            kinds = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else [item.type]
+            words = "+" if any(typing.get_origin(kind) is list for kind in kinds) else None
+            parser.add_argument(item.name, nargs=words, help=item.metadata["help"])
             continue
         base = groups[item.name]
         group = titles.setdefault(

@@ -103,11 +103,6 @@ def open_images(
     Raises:
         UserError: the set cannot be loaded, or the model has other classes.
     """
-    from vit_hf.data.augment.pipeline import normaliser
-    from vit_hf.data.cache import sampled_sizes
-    from vit_hf.data.faults import DataReport
-    from vit_hf.data.feed import eval_batches
-    from vit_hf.data.preprocessing import choose_preprocessing
     from vit_hf.data.processes import Processes
     from vit_hf.data.sets.load import load_splits
     from vit_hf.training.waiting import processes_of
@@ -126,7 +121,29 @@ def open_images(
             accelerator.print(
                 "note: the model and the dataset name their classes differently; they are compared by index"
             )
-    rows = splits.rows("eval")
+    return _as_input(given, accelerator, splits, splits.rows("eval"), class_index, inputs, loading)
+
+
+def open_files(given: GivenModel, accelerator: Any, paths: list[str], inputs: Any, loading: Any) -> GivenImages:
+    """Image files in their order, for one model; they have no labels (`splits` is None)."""
+    from vit_hf.data.rows.files import FileRows
+
+    return _as_input(given, accelerator, None, FileRows(paths), None, inputs, loading)
+
+
+def _as_input(
+    given: GivenModel, accelerator: Any, splits: Any, rows: Any, class_index: Any, inputs: Any, loading: Any
+) -> GivenImages:
+    """Rows as the batches that a model takes."""
+    from vit_hf.data.augment.pipeline import normaliser
+    from vit_hf.data.cache import sampled_sizes
+    from vit_hf.data.faults import DataReport
+    from vit_hf.data.feed import eval_batches
+    from vit_hf.data.preprocessing import choose_preprocessing
+    from vit_hf.data.processes import Processes
+    from vit_hf.training.waiting import processes_of
+
+    processes = Processes(**processes_of(accelerator))
     sizes = functools.partial(sampled_sizes, rows, processes.main_first)
     preprocessing = choose_preprocessing(given.size, given.own, sizes, inputs)
     report = DataReport(accelerator, loading.on_bad_image)
