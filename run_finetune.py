@@ -111,6 +111,12 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
         training.Save(schedule.cadence(args.save_steps), checkpoints, record),
         training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
     ]
+    if args.probe_steps:
+        few = data.few_shot(splits, preprocessing, processes, loading)
+        probe = functools.partial(
+            evaluation.few_shot_accuracy, state.engine, few, eval_batches, normalise, accelerator
+        )
+        actions.append(training.Probe(schedule.cadence(args.probe_steps), probe))
     if args.log_figures_steps:
         figures, draws = folder.path / "figures", accelerator.is_main_process
         draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, figures, draws=draws)

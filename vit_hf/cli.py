@@ -5,7 +5,7 @@ import sys
 
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
-COMMANDS = ("models", "convert", "evaluate", "predict", "figures", "data", "report", "study")
+COMMANDS = ("models", "convert", "evaluate", "predict", "probe", "figures", "data", "report", "study")
 USAGE = """usage: vit-hf COMMAND ...
 
 commands:
@@ -13,6 +13,7 @@ commands:
   convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
   predict MODEL IMAGE|FOLDER|NAME ...  the classes of images: a table, a file, or copies sorted into folders
+  probe MODEL --dataset_name NAME      few-shot regression, nearest neighbours and logistic regression on frozen features
   figures MODEL [--images FILE ...]    filters, positions, attention, saliency and features, as pictures and a page
   data prepare | show | bench | cache  a smaller copy of a set; a picture of what training makes of it; how fast it comes;
                                        the sets that are kept decoded

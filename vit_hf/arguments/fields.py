@@ -277,6 +277,13 @@ class CourseArguments:
     log_figures_steps: int | None = flag(
         None, "steps between figures of the model, and once at the end (default: none are drawn)", low=1, same_run=True
     )
+    probe_steps: int | None = flag(
+        None,
+        "steps between few-shot evaluations of the model's features, and once at the end: ten training images of each "
+        "class, three draws (default: none)",
+        low=1,
+        same_run=True,
+    )
     save_steps: int | None = flag(
         None, "steps between checkpoints (default: once an epoch, at most a hundred in a run)", low=1, same_run=True
     )

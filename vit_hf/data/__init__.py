@@ -26,6 +26,7 @@ __getattr__ = front(
         "order": "StepPlan",
         "preprocessing": "PreprocessingSettings choose_preprocessing own_preprocessing",
         "processes": "Processes",
+        "sets.draws": "few_shot",
         "sets.load": "SetSettings load_splits",
         "starved": "StarvedNote",
     },

@@ -1,4 +1,4 @@
-"""What falls due in a run, one class each: log, save, evaluate, draw. A run has one list of them, and at a step those that
+"""What falls due in a run, one class each: log, save, evaluate, probe, draw. A run has one list of them, and at a step those that
 are due run in the order of the list. A new kind is one class here and one line where the list is made.
 
 This module must not know about data, models or the Hub: it is handed functions.
@@ -233,6 +233,8 @@ class Evaluate(Action):
         evaluate: gives {"eval_...": number}, the same on all processes.
     """
 
+    kind = "eval_"  # how the names of its numbers begin
+
     def __init__(self, cadence: Cadence, evaluate: Callable[[], dict[str, float]]):
         self.cadence, self.evaluate = cadence, evaluate
 
@@ -246,7 +248,13 @@ class Evaluate(Action):
         moment.tracker.write({**moment.where(), **measured, **moment.spent()})
 
     def is_missing(self, lines: list[dict[str, Any]]) -> bool:
-        return not any("loss" not in line and key.startswith("eval_") for line in lines for key in line)
+        return not any("loss" not in line and key.startswith(self.kind) for line in lines for key in line)
+
+
+class Probe(Evaluate):
+    """Measures what the model's features are worth: as Evaluate, with numbers {"probe_...": number}."""
+
+    kind = "probe_"
 
 
 class Draw(Action):
