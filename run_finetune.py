@@ -113,9 +113,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     ]
     if args.probe_steps:
         few = data.few_shot(splits, preprocessing, processes, loading)
-        probe = functools.partial(
-            evaluation.few_shot_accuracy, state.engine, few, eval_batches, normalise, accelerator
-        )
+        probe = functools.partial(evaluation.few_shot_probe, state.engine, few, eval_batches, normalise, accelerator)
         actions.append(training.Probe(schedule.cadence(args.probe_steps), probe))
     if args.log_figures_steps:
         figures, draws = folder.path / "figures", accelerator.is_main_process

@@ -12,6 +12,7 @@ from vit_hf.arguments.values import parse_overrides
 from vit_hf.commands.data import CacheArguments, PrepareArguments, ShowArguments
 from vit_hf.commands.evaluate import EvaluateArguments
 from vit_hf.commands.figures import FiguresArguments
+from vit_hf.commands.probe import ProbeArguments
 from vit_hf.commands.study import chosen, parse_words
 from vit_hf.models.presets import preset_config
 from vit_hf.study.execute import Launcher
@@ -85,6 +86,8 @@ def test_documented_command(words):
         if words[scripts[0] + 1 :]:
             check_run(words[scripts[0] + 1 :])
         assert words[0] in ("accelerate", "python"), words
+    elif "probe" in words:
+        parse(ProbeArguments, words[words.index("probe") + 1 :], prog="probe", positional="model")
     elif "evaluate" in words:
         parse(EvaluateArguments, words[words.index("evaluate") + 1 :], prog="evaluate", positional="model")
     elif words[0] == "make":
@@ -127,6 +130,7 @@ def test_documented_command(words):
 
 def test_flags_in_the_docs_exist():
     classes = (CacheArguments, RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
+    classes += (ProbeArguments,)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
                 "--main_process_port", "--mixed_precision", "--index-url", "--shm-size", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue"}  # fmt: skip

@@ -6,7 +6,7 @@ __getattr__ = front(
     __name__,
     {
         "evaluate": "evaluate_model",
-        "probes": "few_shot_accuracy",
+        "probes": "few_shot_probe",
         "predictions": "Predictions read_predictions write_predictions",
     },
 )

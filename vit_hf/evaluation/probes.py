@@ -190,7 +190,7 @@ def logistic(train: tuple[Tensor, Tensor], test: Tensor, num_classes: int) -> tu
     return torch.cat([_classes([part], weights) for part in standard.parts(test)]), l2
 
 
-def few_shot_accuracy(
+def few_shot_probe(
     model: torch.nn.Module,
     few: tuple[Iterable[dict[str, Tensor]], Sequence[np.ndarray]],
     eval_batches: Iterable[dict[str, Tensor]],
