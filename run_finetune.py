@@ -72,7 +72,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     batch_settings = pick(training.BatchSettings, args)
     plan = training.fit_batches(accelerator, model, objective, preprocessing.image_size, batch_settings)
-    resolved = hub.resolve(accelerator, splits, model, preprocessing, plan, schedule, folder.changed)
+    resolved = hub.resolve(accelerator, splits, model, which, preprocessing, plan, schedule, folder.changed)
     accelerator.print(hub.describe(flags, resolved, plan, schedule))
     if args.dry_run:
         accelerator.print("dry run: nothing was trained")

@@ -5,7 +5,10 @@ import sys
 
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
-COMMANDS = ("models", "convert", "evaluate", "predict", "probe", "figures", "data", "report", "study")
+COMMANDS = (
+    "models", "convert", "evaluate", "predict", "probe", "figures", "data", "report", "study",
+    "verify", "lineage", "space",
+)  # fmt: skip
 USAGE = """usage: vit-hf COMMAND ...
 
 commands:
@@ -19,6 +22,8 @@ commands:
                                        the sets that are kept decoded
   report RUN [RUN ...]                 runs side by side, finished or not: a table and their curves, as HTML and more
   study FILE                           a grid of runs that answers questions, and the report of what came of them
+  verify RUN                           a run beside what its recipe promises; 1 where something is missed
+  lineage MODEL                        from a model back to the data: parents by commit, sets, subsets
 
 vit-hf COMMAND --help says more."""
 

@@ -8,11 +8,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vit_hf.arguments.expected import EXPECTED, Expected
 from vit_hf.arguments.values import (
     BATCH_SIZE,
     CLASSES,
     FREEZE,
     IMAGE_SIZE,
+    LICENSE,
     MEAN,
     NAMES,
     OVERRIDES,
@@ -36,6 +38,7 @@ def flag(
     kind: Kind | None = None,
     same_run: bool = False,
     mendable: bool = False,
+    file_only: bool = False,
 ) -> Any:
     """A field.
 
@@ -43,8 +46,10 @@ def flag(
         low, high: its range, inclusive.
         kind: how it is read, where it is more than a word, a number or a choice.
         same_run: it may change from one start of a run to the next. mendable: it may where --change names it.
+        file_only: a block of a recipe, and no flag.
     """
     metadata = {"help": help, "low": low, "high": high, "kind": kind, "same_run": same_run, "mendable": mendable}
+    metadata["file_only"] = file_only
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -342,5 +347,31 @@ class HubArguments:
 
 
 @dataclass
-class RunArguments(HubArguments, WaitingArguments, CourseArguments, TrainArguments, DataArguments, ModelArguments):
+class CardArguments:
+    """What the model card says that no run can know."""
+
+    license: str | None = flag(
+        None,
+        "licence of the model, by its name on the Hub, e.g. apache-2.0 (default: none is named)",
+        kind=LICENSE,
+        same_run=True,
+    )
+    carbon_intensity: float | None = flag(
+        None,
+        "grams of CO2 for each kWh of the local grid; with --power_watts the card has the run's emissions",
+        low=0,
+        same_run=True,
+    )
+    power_watts: float | None = flag(
+        None, "mean power that all machines of the run draw together, as you measured it", low=0, same_run=True
+    )
+    expected: tuple[Expected, ...] = flag(
+        (), "the results that the recipe promises", kind=EXPECTED, same_run=True, file_only=True
+    )
+
+
+@dataclass
+class RunArguments(
+    CardArguments, HubArguments, WaitingArguments, CourseArguments, TrainArguments, DataArguments, ModelArguments
+):
     """All flags of run_pretrain.py and run_finetune.py, flat."""

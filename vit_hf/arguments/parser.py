@@ -38,6 +38,7 @@ MOVED = {
     "overwrite_output_dir": "nothing is overwritten: choose another --output_dir, or remove the folder",
     "fsdp": "FSDP2 is the launcher's: accelerate launch --config_file accelerate_configs/fsdp2.yaml",
     "lr": "it is called --learning_rate",
+    "expected": "it is a block of a recipe, which `vit-hf verify` reads",
     "eval_strategy": "evaluations come every --eval_steps, by default once an epoch",
     "save_strategy": "checkpoints come every --save_steps, by default once an epoch",
     "do_train": "both scripts train and evaluate; to evaluate alone: vit-hf evaluate",
@@ -209,6 +210,8 @@ def _parser(cls: type, prog: str, description: str, positional: str | tuple[str,
             kinds = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else [item.type]
             words = "+" if any(typing.get_origin(kind) is list for kind in kinds) else None
             parser.add_argument(item.name, nargs=words, help=item.metadata["help"])
+            continue
+        if item.metadata["file_only"]:
             continue
         base = groups[item.name]
         group = titles.setdefault(

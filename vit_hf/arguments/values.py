@@ -336,3 +336,15 @@ NAMES = Kind(parse_names, names_text, "NAMES")
 CLASSES = Kind(parse_classes, plain_classes, "NAMES", of_list=listed_classes)
 OVERRIDES = Kind(parse_overrides, overrides_text, "NAME=VALUE,...")
 FREEZE = Kind(parse_freeze, freeze_text, "PARTS")
+
+
+def parse_license(text: str) -> str:
+    """A licence's name on the Hub. Raises ValueError for a text that cannot be one."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text.strip()):
+        raise ValueError(
+            f"{text!r} is no licence's name on the Hub, allowed are e.g. apache-2.0, mit, cc-by-4.0, other"
+        )
+    return text.strip()
+
+
+LICENSE = Kind(parse_license, lambda name: name, "NAME")

@@ -42,7 +42,7 @@ def finish_run(
     results |= {key: resolved[key] for key in ("train_samples", "num_parameters", "versions")} | counted
     results["peak_memory_bytes"] = peak_memory_bytes(state.accelerator.device)
     results["wall_time_seconds"] = round(time.perf_counter() - start_time, 2)
-    write_card(output_dir, name, flags, resolved, results, state.model.config)
+    write_card(output_dir, name, results=results)
     write_json(results, output_dir / "all_results.json")  # last: its presence says that the folder is complete
     print(
         f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "

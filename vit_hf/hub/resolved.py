@@ -12,6 +12,8 @@ import transformers
 import vit_hf
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.names import ImageSplits
+from vit_hf.hub.lineage import dataset_revision, parent_of
+from vit_hf.models import ModelSettings
 from vit_hf.training.accelerator import engine_name, zero_stage
 from vit_hf.training.schedule import BatchPlan, Schedule
 
@@ -20,6 +22,7 @@ def resolve(
     accelerator: accelerate.Accelerator,
     splits: ImageSplits,
     model: transformers.PreTrainedModel,
+    which: ModelSettings,
     preprocessing: Preprocessing,
     plan: BatchPlan,
     schedule: Schedule,
@@ -28,18 +31,22 @@ def resolve(
     """The values that follow from the flags, plain.
 
     Args:
+        which: the model that the run starts from, as it was loaded.
         changed: what was changed on the way, of training/folder.py.
     """
-    device = accelerator.device
+    device, base = accelerator.device, which.model_name_or_path
+    parent = parent_of(base, which.revision) if base and accelerator.is_main_process else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {
         "train_split": splits.train_split,
         "eval_split": splits.eval_split,
+        "dataset_revision": dataset_revision(splits),
         "train_samples": len(splits.train),
         "eval_samples": len(splits.eval),
         "num_classes": len(splits.class_names),
         "subset": splits.subset or None,
         "subset_hash": splits.subset.get("subset_hash"),
+        **({"parent_revision": _pin(parent), "parent": parent} if parent else {}),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_trained_parameters": sum(
             parameter.numel() for parameter in model.parameters() if parameter.requires_grad
@@ -67,6 +74,11 @@ def resolve(
             **{package.__name__: str(package.__version__) for package in (torch, transformers, accelerate, datasets)},
         },
     }
+
+
+def _pin(parent: dict[str, Any]) -> str | None:
+    """The commit of a Hub model, or the hash of a folder's weights."""
+    return f"sha256:{parent['sha256']}" if parent.get("sha256") else parent.get("revision")
 
 
 def describe(flags: dict[str, Any], resolved: dict[str, Any], plan: BatchPlan, schedule: Schedule) -> str:
