@@ -279,6 +279,9 @@ class CourseArguments:
         low=1,
         same_run=True,
     )
+    save_predictions: bool = flag(
+        False, "write predictions.parquet at each evaluation: the last answers to each image", same_run=True
+    )
     log_figures_steps: int | None = flag(
         None, "steps between figures of the model, and once at the end (default: none are drawn)", low=1, same_run=True
     )

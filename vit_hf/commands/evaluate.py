@@ -78,21 +78,26 @@ def main(argv: list[str]) -> None:
 
 def predictions_of(given: GivenModel, images: GivenImages, accelerator: Any, among: Any = None) -> Any:
     """What a model answers to the images, on all processes."""
+    from vit_hf.data.sets.subset import identity_of
     from vit_hf.evaluation.evaluate import predict
 
     model = given.model.to(accelerator.device)
+    source = identity_of(images.rows)
     with accelerator.autocast():
-        return predict(model, images.batches, images.normalise, accelerator, given.class_names, among=among)
+        return predict(
+            model, images.batches, images.normalise, accelerator, given.class_names, among=among, source=source
+        )
 
 
 def write(args: EvaluateArguments, folder: Path, predictions: Any, about: dict[str, Any]) -> dict[str, Any]:
     """Files and lines of the main process for one set; its results."""
     from vit_hf.evaluation.evaluate import measure
+    from vit_hf.evaluation.intervals import intervals
     from vit_hf.evaluation.predictions import FILE, write_predictions
 
     folder.mkdir(parents=True, exist_ok=True)
-    results = measure(predictions) | about
-    print("\n".join(f"{key:20} {_show(value)}" for key, value in results.items()))
+    results = measure(predictions) | intervals(predictions) | about
+    print("\n".join(f"{key:27} {_show(value)}" for key, value in results.items()))
     if args.save_predictions:
         write_predictions(folder / FILE, predictions)
         print(f"written to {folder / FILE}")
@@ -100,4 +105,6 @@ def write(args: EvaluateArguments, folder: Path, predictions: Any, about: dict[s
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_show, value)) + "]"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

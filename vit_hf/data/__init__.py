@@ -28,6 +28,7 @@ __getattr__ = front(
         "processes": "Processes",
         "sets.draws": "few_shot",
         "sets.load": "SetSettings load_splits",
+        "sets.subset": "identity_of",
         "starved": "StarvedNote",
     },
 )

@@ -5,7 +5,7 @@ from vit_hf.front import front
 __getattr__ = front(
     __name__,
     {
-        "evaluate": "evaluate_model",
+        "evaluate": "JudgeSettings evaluate_model",
         "probes": "few_shot_probe",
         "predictions": "Predictions read_predictions write_predictions",
     },

@@ -1,6 +1,7 @@
 """Evaluation on all processes, each sample counted exactly once. Knows no dataset: it is handed batches and a model."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate
@@ -27,6 +28,7 @@ def predict(
     *,
     loss: str = "softmax",
     among: np.ndarray | None = None,
+    source: str = "",
 ) -> Predictions:
     """Runs the model over its share of the batches and gathers what the metrics need, in the order of the dataset.
 
@@ -37,6 +39,7 @@ def predict(
         class_names: of the model's classes.
         loss: softmax or sigmoid: what makes probabilities of the logits.
         among: int64 (k,), classes of the model: the others are no answer.
+        source: which images they are, for Predictions.
 
     Raises:
         UserError: no sample could be evaluated.
@@ -58,7 +61,7 @@ def predict(
     taken = {name: gathered[name][counted] for name in COLUMNS if name in gathered}
     if taken["labels"].ndim == 2:
         taken["labels"] = taken["labels"] > 0
-    return Predictions(**taken, class_names=tuple(class_names))
+    return Predictions(**taken, class_names=tuple(class_names), source=source)
 
 
 def answer(logits: Tensor, labels: Tensor, loss: str = "softmax", among: Tensor | None = None) -> dict[str, Tensor]:
@@ -97,29 +100,40 @@ def answer(logits: Tensor, labels: Tensor, loss: str = "softmax", among: Tensor 
     return kept | {"scores": probabilities} if several else kept
 
 
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How a run judges its model, as the flags of the same names say.
+
+    Args:
+        class_names: of the model's classes. source: which images they are (Predictions).
+        save_predictions: whether output_dir gets predictions.parquet, in place of an older one.
+    """
+
+    class_names: Sequence[str] = ()
+    source: str = ""
+    loss: str = "softmax"
+    save_predictions: bool = False
+    output_dir: str | None = None
+
+
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     normalise: Callable[[Tensor], Tensor],
     accelerator: accelerate.Accelerator,
-    class_names: Sequence[str] = (),
-    *,
-    loss: str = "softmax",
-    among: np.ndarray | None = None,
-    save_to: Path | None = None,
+    settings: JudgeSettings = JudgeSettings(),
 ) -> dict[str, float]:
     """eval_loss (nats), eval_accuracy, eval_accuracy_top5 (in [0, 1]) and eval_samples; the same on all processes.
-
-    Args:
-        save_to: a folder that gets predictions.parquet, in place of an older one; arguments before it: of `predict`.
+    Arguments are those of `predict`.
 
     Raises:
         UserError: no sample could be evaluated.
     """
-    predictions = predict(model, batches, normalise, accelerator, class_names, loss=loss, among=among)
+    names, source = settings.class_names, settings.source
+    predictions = predict(model, batches, normalise, accelerator, names, loss=settings.loss, source=source)
     results = [measure(predictions) if accelerator.is_main_process else None]
-    if save_to is not None and accelerator.is_main_process:
-        write_predictions(Path(save_to) / FILE, predictions)
+    if settings.save_predictions and accelerator.is_main_process:
+        write_predictions(Path(settings.output_dir) / FILE, predictions)
     return broadcast_object_list(results)[0]
 
 

@@ -15,6 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from vit_hf.data.randomness import mix_bits, sample_keys
+from vit_hf.data.rows.interface import Rows
 from vit_hf.data.sets.origin import DIGEST_BYTES, Origin
 from vit_hf.errors import UserError
 
@@ -182,6 +183,13 @@ def _ranks_within_class(labels: np.ndarray, *keys: np.ndarray) -> np.ndarray:
 def subset_hash(rows: np.ndarray) -> str:
     """Return the sha256 (hex) of the chosen rows' numbers, ascending, as little-endian int64."""
     return hashlib.sha256(np.sort(rows).astype("<i8").tobytes()).hexdigest()
+
+
+def identity_of(rows: Rows) -> str:
+    """Which images some rows are, as one text: "digits test 1f0c5a..." (the set by its last name, the split, a hash of the
+    chosen rows' numbers). Another set, split or draw gives another text."""
+    name, split = rows.source_name
+    return " ".join(filter(None, [name.rstrip("/").split("/")[-1], split, subset_hash(rows.source_rows)[:16]]))
 
 
 def apply_rule(
