@@ -14,6 +14,7 @@ from vit_hf.arguments.fields import (
     flag,
 )
 from vit_hf.arguments.values import NAMES
+from vit_hf.commands.evaluate_report import write_report
 from vit_hf.commands.evaluate_sets import (
     about_set,
     check_sets,
@@ -47,6 +48,7 @@ class EvaluateArguments(
         high=2**32 - 1,
     )
     save_predictions: bool = flag(False, "write predictions.parquet: what the model answers to each image")
+    full: bool = flag(False, "more metrics, and report.html with figures, classes and the worst errors as pictures")
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> None:
         if accelerator.is_main_process:
             about = {"model": args.model} | about_set(one, images, among) | {"tta": args.tta}
             about["preprocessing"] = str(images.preprocessing)
-            results.append(write(args, folder_of(one, sets, folder), predictions, counted | about))
+            results.append(write(args, folder_of(one, sets, folder), predictions, images, counted | about))
     if accelerator.is_main_process:
         if len(results) > 1:
             print(table(results))
@@ -89,18 +91,23 @@ def predictions_of(given: GivenModel, images: GivenImages, accelerator: Any, amo
         )
 
 
-def write(args: EvaluateArguments, folder: Path, predictions: Any, about: dict[str, Any]) -> dict[str, Any]:
+def write(
+    args: EvaluateArguments, folder: Path, predictions: Any, images: GivenImages, about: dict[str, Any]
+) -> dict[str, Any]:
     """Files and lines of the main process for one set; its results."""
-    from vit_hf.evaluation.evaluate import measure
+    from vit_hf.evaluation.evaluate import measure, measure_fully
     from vit_hf.evaluation.intervals import intervals
     from vit_hf.evaluation.predictions import FILE, write_predictions
 
     folder.mkdir(parents=True, exist_ok=True)
-    results = measure(predictions) | intervals(predictions) | about
+    more, details = measure_fully(predictions) if args.full else ({}, None)
+    results = measure(predictions) | more | intervals(predictions) | about
     print("\n".join(f"{key:27} {_show(value)}" for key, value in results.items()))
     if args.save_predictions:
         write_predictions(folder / FILE, predictions)
         print(f"written to {folder / FILE}")
+    if details is not None:
+        print(f"written to {write_report(folder, predictions, images, results, details)}")
     return results
 
 

@@ -159,3 +159,37 @@ def measure(predictions: Predictions) -> dict[str, float]:
     references = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
     loss = metric("cross_entropy", -predictions.loss, references)["cross_entropy"]
     return {"eval_loss": loss, **accuracies, "eval_samples": len(predictions)}
+
+
+@dataclass(frozen=True)
+class Details:
+    """What of a split is more than a number.
+
+    Args:
+        calibration: expected_calibration_error, and of its bins bin_samples, bin_confidence, bin_accuracy.
+        confusion_matrix: int64 (K, K), a row a true class; None where images have several labels.
+        per_class_accuracy: K numbers, None for a class without images.
+    """
+
+    calibration: dict
+    confusion_matrix: np.ndarray | None = None
+    per_class_accuracy: Sequence[float | None] = ()
+
+
+def measure_fully(predictions: Predictions) -> tuple[dict[str, float], Details]:
+    """eval_expected_calibration_error and eval_brier, with one label an image eval_macro_f1 and
+    eval_mean_per_class_accuracy; and what they are computed from."""
+    bins = metric("expected_calibration_error", predictions.probabilities[:, 0], predictions.correct.astype(np.int64))
+    numbers = {
+        "eval_expected_calibration_error": bins["expected_calibration_error"],
+        "eval_brier": float(predictions.brier.astype(np.float64).mean()),
+    }
+    if predictions.labels.ndim == 2:
+        return numbers, Details(bins)
+    best, labels = predictions.top5[:, 0], predictions.labels
+    count = max(len(predictions.class_names), int(max(best.max(), labels.max())) + 1)
+    matrix = metric("confusion_matrix", best, labels, num_classes=count)["confusion_matrix"]
+    shares = metric("per_class_accuracy", best, labels, num_classes=count)
+    numbers["eval_macro_f1"] = metric("macro_f1", best, labels)["macro_f1"]
+    numbers["eval_mean_per_class_accuracy"] = shares["mean_per_class_accuracy"]
+    return numbers, Details(bins, np.asarray(matrix), shares["per_class_accuracy"])
