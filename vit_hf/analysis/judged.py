@@ -23,11 +23,11 @@ def reliability_diagram(samples: Sequence[int], confidence: Sequence, accuracy: 
         if number:
             left = place * width
             above.bar(left, right, width, align="edge", color="C0", edgecolor="white")
-            above.bar(left, sure - right, width, bottom=right, align="edge", color="C3", alpha=0.35, edgecolor="C3")
+            above.bar(left, sure - right, width, bottom=right, align="edge", fill=False, edgecolor="C3", hatch="///")
     above.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"Reliability: calibration error {error:.4f}")
     above.bar([0], [0], color="C0", label="accuracy")
-    above.bar([0], [0], color="C3", alpha=0.35, label="gap to the mean probability")
+    above.bar([0], [0], fill=False, edgecolor="C3", hatch="///", label="gap to the mean probability")
     above.legend(fontsize=8, loc="upper left")
     below.bar(np.arange(len(samples)) * width, samples, width, align="edge", color="grey", edgecolor="white")
     below.set(xlabel="probability of the answer", ylabel="images")

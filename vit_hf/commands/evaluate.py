@@ -101,8 +101,10 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     more, details = measure_fully(predictions) if args.full else ({}, None)
-    results = measure(predictions) | more | intervals(predictions) | about
-    print("\n".join(f"{key:27} {_show(value)}" for key, value in results.items()))
+    results = measure(predictions) | more
+    ends = intervals(predictions).items()
+    results |= {name: pair for name, pair in ends if name.removesuffix("_interval") in results} | about
+    print("\n".join(f"{key:31} {_show(value)}" for key, value in results.items()))
     if args.save_predictions:
         write_predictions(folder / FILE, predictions)
         print(f"written to {folder / FILE}")
