@@ -66,8 +66,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
         objective = training.choose_objective(args.loss, splits.multi_label, model.config)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
     sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
-    inputs = pick(data.PreprocessingSettings, args)
-    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, inputs)
+    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args))  # fmt: skip
 
     schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     batch_settings = pick(training.BatchSettings, args)
@@ -118,8 +117,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
         probe = functools.partial(evaluation.few_shot_probe, state.engine, few, eval_batches, normalise, accelerator)
         actions.append(training.Probe(schedule.cadence(args.probe_steps), probe))
     if args.log_figures_steps:
-        figures, draws = folder.path / "figures", accelerator.is_main_process
-        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, figures, draws=draws)
+        draw = analysis.figure_drawer(state.model, eval_rows, preprocessing, folder.path / "figures", draws=accelerator.is_main_process)  # fmt: skip
         actions.append(training.Draw(schedule.cadence(args.log_figures_steps), draw))
 
     settings = pick(training.LoopSettings, args, output_dir=folder.path, start_time=started, first_step=folder.step,
