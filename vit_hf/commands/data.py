@@ -132,11 +132,17 @@ def show(argv: list[str]) -> None:
     originals, augmented, labels, targets = show_augmentation(args, splits, size, own)
 
     def named(target: np.ndarray) -> str:
-        parts = [(target[k], splits.class_names[k]) for k in np.argsort(-target)[:2] if target[k] > 0.005]
+        largest = np.argsort(-target, kind="stable")[: 4 if splits.multi_label else 2]
+        parts = [(target[k], splits.class_names[k]) for k in largest if target[k] > 0.005]
+        if all(share == 1 for share, _ in parts):
+            return ", ".join(name for _, name in parts)
         return parts[0][1] if len(parts) == 1 else " + ".join(f"{share:.2f} {name}" for share, name in parts)
 
     texts = [[named(target) for target in row] for row in targets]
-    figure = contact_sheet(originals, augmented, [splits.class_names[label] for label in labels], texts)
+    shown = [
+        named(np.asarray(label, dtype=float)) if splits.multi_label else splits.class_names[label] for label in labels
+    ]
+    figure = contact_sheet(originals, augmented, shown, texts)
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output_file, dpi=120)
     print(args.output_file)
@@ -163,7 +169,8 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
         size: the model's input. own: what the model says of its images.
 
     Returns:
-        originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers; targets float (N, M, K).
+        originals uint8 (N, H, W, 3); augmented uint8 (N, M, H, W, 3); labels, N class numbers, or bool (N, K); targets float
+        (N, M, K).
     """
     import functools
 
@@ -213,6 +220,7 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
     for visit in range(visits):
         batch = take(batches, visit)
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
+        batch["labels"] = batch["labels"].float() if splits.multi_label else batch["labels"]
         pixel_values, target = augment(batch, step=visit, micro_step=0, rank=0)
         augmented.append(((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
         targets.append(target)

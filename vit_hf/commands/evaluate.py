@@ -82,26 +82,31 @@ def predictions_of(given: GivenModel, images: GivenImages, accelerator: Any, amo
     """What a model answers to the images, on all processes."""
     from vit_hf.data.sets.subset import identity_of
     from vit_hf.evaluation.evaluate import predict
+    from vit_hf.training.objective import loss_of
 
     model = given.model.to(accelerator.device)
     source = identity_of(images.rows)
     with accelerator.autocast():
         return predict(
-            model, images.batches, images.normalise, accelerator, given.class_names, among=among, source=source
-        )
+            model, images.batches, images.normalise, accelerator, given.class_names,
+            loss=loss_of(model.config), among=among, source=source,
+        )  # fmt: skip
 
 
 def write(
     args: EvaluateArguments, folder: Path, predictions: Any, images: GivenImages, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Files and lines of the main process for one set; its results."""
-    from vit_hf.evaluation.evaluate import measure, measure_fully
+    from vit_hf.evaluation.evaluate import average_precisions, measure, measure_fully
     from vit_hf.evaluation.intervals import intervals
     from vit_hf.evaluation.predictions import FILE, write_predictions
 
     folder.mkdir(parents=True, exist_ok=True)
     more, details = measure_fully(predictions) if args.full else ({}, None)
-    results = measure(predictions) | more
+    results = measure(predictions, images.splits.multi_label) | more
+    if images.splits.multi_label:
+        each = average_precisions(predictions)["average_precision"]
+        results["average_precision"] = {predictions.name(number): value for number, value in enumerate(each)}
     ends = intervals(predictions).items()
     results |= {name: pair for name, pair in ends if name.removesuffix("_interval") in results} | about
     print("\n".join(f"{key:31} {_show(value)}" for key, value in results.items()))
@@ -116,4 +121,7 @@ def write(
 def _show(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_show, value)) + "]"
+    if isinstance(value, dict):  # of each class; all of them are in the file
+        lowest = sorted((number, name) for name, number in value.items() if number is not None)[:3]
+        return "lowest: " + ", ".join(f"{name} {number:.4f}" for number, name in lowest)
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -22,8 +22,8 @@ DEVICE_SHARE = 0.2  # of a device's memory: a decoded set that takes no more is 
 
 
 class ImageBatches(torch.utils.data.Dataset):
-    """Micro-batches on the host: batches[wanted] -> {pixel_values uint8 (B, H, W, C), labels, visit, index int64 (B,),
-    valid bool (B,)}, and beside them "bad", the rows that did not decode, {row: reason}, "retried", and "error", a line
+    """Micro-batches on the host: batches[wanted] -> {pixel_values uint8 (B, H, W, C), labels int64 (B,) or bool (B, K),
+    visit, index int64 (B,), valid bool (B,)}, and beside them "bad", the rows that did not decode, {row: reason}, "retried", and "error", a line
     that ends the run or None. Images of a decoded set have the size at which they are kept. Of a set that lies on the
     device, `rows` (B,) take the place of pixel_values.
 
@@ -121,15 +121,17 @@ class ImageBatches(torch.utils.data.Dataset):
         return int(uniform(key, REPLACEMENT + attempt)[0] * len(self))
 
     def _decode(self, wanted: BatchIndices, valid: np.ndarray, bad: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels uint8 (B, H, W, 3), cropped where that is asked for, and labels (B,)."""
+        """Pixels uint8 (B, H, W, 3), cropped where that is asked for, and labels (B,) or (B, K)."""
         index = wanted.index.copy()
         pixels = np.zeros((len(index), *self.preprocessing.image_size, 3), dtype=np.uint8)
-        labels = np.zeros(len(index), dtype=np.int64)
         keys = sample_keys(self.seed, wanted.visit, wanted.index)
         bicubic = self.preprocessing.bicubic_crops(keys)
         left = np.arange(len(index))
         for attempt in range(100):
-            images, labels[left] = self.rows.read(index[left])
+            images, found = self.rows.read(index[left])
+            if attempt == 0:
+                labels = found
+            labels[left] = found
             again = []
             for place, image in zip(left.tolist(), images):
                 cut = self._cut_of(keys[place : place + 1])

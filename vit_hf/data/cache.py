@@ -5,7 +5,7 @@ the model's input, for every subset and draw. A file has a place for each row of
 asked for are holes and take no room. Its parts, one after the other:
 
     pixels   uint8 (N, H, W, 3)
-    labels   int32 (N,), of a stream; a table has its labels in memory
+    labels   of a stream; a table has its labels in memory: int32 (N,), or a bit a class where an image has a list of them
     states   uint8 (N,): 0 not decoded, 1 decoded, 2 does not decode; written when the pixels are on the disk
 
 One process of a machine decodes what is missing while the others wait at a lock. This module must not know about batches.
@@ -193,7 +193,8 @@ def decoded(rows: Rows, preprocessing: Preprocessing, cache_dir: str | os.PathLi
 def _open(rows: Rows, way: Way, folder: Path) -> Decoded:
     state = [*rows.source_state(), way.name(), pillow_version, str(FORMAT)]
     key = hashlib.sha256("\n".join(state).encode()).hexdigest()[:32]
-    file = _File(folder / f"{key}.pixels", rows.num_source_rows, way)
+    several = 0 if isinstance(rows, TableRows) or not rows.multi_label else len(rows.class_names)
+    file = _File(folder / f"{key}.pixels", rows.num_source_rows, way, several)
     found = file.read(rows)
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,12 +218,14 @@ class _File:
     path: Path
     number: int  # of rows of the source
     way: Way
+    several: int = 0  # classes of a stream whose images have lists of labels
 
     def __post_init__(self):
         self.notes = self.path.with_suffix(".json")
         self.row_bytes = self.way.size[0] * self.way.size[1] * 3
+        self.label_bytes = -(-self.several // 8) or LABEL.itemsize
         self.labels_at = self.number * self.row_bytes
-        self.states_at = self.labels_at + self.number * LABEL.itemsize
+        self.states_at = self.labels_at + self.number * self.label_bytes
         self.size = self.states_at + self.number
 
     def reasons(self) -> dict[str, str] | None:
@@ -270,10 +273,20 @@ class _File:
                 return None
             bad[row] = reason or bad[row]
         if not isinstance(rows, TableRows):
-            labels = content[self.labels_at : self.states_at].view(LABEL)
-            rows.labels = rows.number_of[labels[rows.source_rows]]
+            rows.labels = rows.numbered(self._labels(content[self.labels_at : self.states_at], rows.source_rows))
         pixels = content[: self.labels_at].reshape(-1, *self.way.size, 3)
         return Decoded(pixels, rows.source_rows, bad, self.way.preprocessing is None)
+
+    def _labels(self, content: np.ndarray, source_rows: np.ndarray) -> np.ndarray:
+        """The source's labels of some rows: int32 (n,), or bool (n, K)."""
+        if not self.several:
+            return content.view(LABEL)[source_rows]
+        bits = content.reshape(-1, self.label_bytes)[source_rows]
+        return np.unpackbits(bits, axis=1, count=self.several).astype(bool)
+
+    def stored_label(self, label: Any) -> bytes:
+        """A label as it lies in the file."""
+        return np.packbits(label).tobytes() if self.several else LABEL.type(label).tobytes()
 
 
 def _fill(file: _File, rows: Rows) -> dict[int, str]:
@@ -324,8 +337,8 @@ def _write(file: _File, rows: Rows, missing: np.ndarray, states: np.ndarray) -> 
                 else:
                     unread[row] = result
                 if label is not None:
-                    target.seek(file.labels_at + source * LABEL.itemsize)
-                    target.write(LABEL.type(label).tobytes())
+                    target.seek(file.labels_at + source * file.label_bytes)
+                    target.write(file.stored_label(label))
                 bar.update()
             target.flush()
             os.fsync(target.fileno())
@@ -338,7 +351,7 @@ def _write(file: _File, rows: Rows, missing: np.ndarray, states: np.ndarray) -> 
 
 def _decoded_rows(
     rows: Rows, wanted: np.ndarray, way: Way, pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, np.ndarray | str, int | None, bool]]:
+) -> Iterator[tuple[int, np.ndarray | str, Any, bool]]:
     """(row, its pixels or why there are none, the label of a stream's row, whether its bytes could be read) of each."""
 
     def decode(images: list[Any]) -> list[tuple[np.ndarray | str, bool]]:
@@ -352,14 +365,14 @@ def _decoded_rows(
 
     is_table = isinstance(rows, TableRows)  # files are read by many threads, pieces of a stream in their order
 
-    def start(block: np.ndarray) -> tuple[list[int], list[int | None], Future]:
+    def start(block: np.ndarray) -> tuple[list[int], list[Any], Future]:
         if is_table:
             return block.tolist(), [None] * len(block), pool.submit(lambda: decode(rows.read(block)[0]))
         images, labels = rows.read(block)
-        return block.tolist(), labels.tolist(), pool.submit(decode, images)
+        return block.tolist(), list(labels), pool.submit(decode, images)
 
     blocks = (wanted[first : first + 64] for first in range(0, len(wanted), 64))
-    under_way: collections.deque[tuple[list[int], list[int | None], Future]] = collections.deque()
+    under_way: collections.deque[tuple[list[int], list[Any], Future]] = collections.deque()
     for block in itertools.chain(blocks, [None]):
         if block is not None:
             under_way.append(start(block))

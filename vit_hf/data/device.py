@@ -62,7 +62,8 @@ def promised_bytes() -> int:
 
 class DeviceBatches:
     """The micro-batches of an order, on the device, as the model's input: pixel_values uint8 (B, C, H, W), labels int64
-    (B,), valid bool (B,); visit and index stay on the host. Each `iter` starts at the first one.
+    (B,) or, of sets with any number of labels an image, float (B, K) of 0 and 1, valid bool (B,); visit and index stay on
+    the host. Each `iter` starts at the first one.
 
     Args:
         num_workers: processes that read and decode; none where the set is decoded.
@@ -238,6 +239,8 @@ class DeviceBatches:
         for name in ("pixel_values", "rows", "labels", "valid"):
             if name in batch:
                 batch[name] = batch[name].to(self.device, non_blocking=True)
+        if batch["labels"].dtype == torch.bool:  # a byte a class on the way
+            batch["labels"] = batch["labels"].float()
         if "rows" in batch:
             batch["pixel_values"] = self.batches.on_device.index_select(0, batch.pop("rows"))
         if self.resize is not None:

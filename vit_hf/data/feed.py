@@ -21,8 +21,10 @@ from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder, stre
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.processes import Processes
 from vit_hf.data.rows.interface import Rows
+from vit_hf.data.rows.labels import LabelLists
 from vit_hf.data.rows.parquet import ParquetRows
 from vit_hf.data.rows.table import TableRows
+from vit_hf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,10 @@ def _train_batches(
         how = f" ({num_streams} streams of row groups of up to {np.diff(groups).max()} rows)"
     else:
         labels = batches.rows.labels if settings.class_balanced else None
+        if isinstance(labels, LabelLists):
+            raise UserError(
+                "--class_balanced true: needs one label an image, and the label column holds lists of labels; leave it out"
+            )
         order = TrainOrder(plan, num_samples=len(batches), repeats=settings.aug_repeats, labels=labels)
     if batches.decoded is not None:
         where = "on the device" if batches.on_device is not None else "in memory"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -44,12 +45,12 @@ def predict(
     Raises:
         UserError: no sample could be evaluated.
     """
-    columns: dict[str, list[Tensor]] = {}
+    columns: dict[str, list[Tensor]] = {}  # labels as they are counted: of all classes of the model
     chosen = None if among is None else torch.as_tensor(np.asarray(among), device=accelerator.device)
     for batch in batches:
         logits = model(pixel_values=normalise(batch["pixel_values"])).logits.float()
         answers = answer(logits, batch["labels"], loss, chosen)
-        for name, column in (answers | {name: batch[name] for name in ("labels", "index", "valid")}).items():
+        for name, column in (answers | {name: batch[name] for name in ("index", "valid")}).items():
             columns.setdefault(name, []).append(column)
     # one collective a column, after the last batch: no host sync between batches
     joined = {name: torch.cat(parts).to(accelerator.device) for name, parts in columns.items()}
@@ -61,6 +62,12 @@ def predict(
     taken = {name: gathered[name][counted] for name in COLUMNS if name in gathered}
     if taken["labels"].ndim == 2:
         taken["labels"] = taken["labels"] > 0
+        if loss == "softmax" and not (labelled := taken["labels"].any(1)).all():
+            row = taken["index"][np.argmin(labelled)]
+            raise UserError(
+                f"row {row} of the evaluation split has no label, which a model of one label an image (softmax) cannot answer: "
+                "choose another --dataset_name, or a model trained with --loss sigmoid"
+            )
     return Predictions(**taken, class_names=tuple(class_names), source=source)
 
 
@@ -73,12 +80,14 @@ def answer(logits: Tensor, labels: Tensor, loss: str = "softmax", among: Tensor 
         among: int64 (k,).
 
     Returns:
-        top5 int64 and probabilities float32 (B, min(5, k)), loss and brier float32 (B,); scores float32 (B, K) where
+        labels; top5 int64 and probabilities float32 (B, min(5, k)), loss and brier float32 (B,); scores float32 (B, K) where
         labels are (B, K).
     """
     if among is not None:
         logits = torch.full_like(logits, -torch.inf).index_copy(1, among, logits.index_select(1, among))
     several = labels.ndim == 2
+    if several and labels.shape[1] < logits.shape[1]:  # the model knows more classes than the set
+        labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
     truth = labels.float() if several else F.one_hot(labels, logits.shape[-1]).float()
     best = logits.topk(min(5, logits.shape[-1] if among is None else len(among))).indices
     if loss == "softmax":
@@ -90,8 +99,10 @@ def answer(logits: Tensor, labels: Tensor, loss: str = "softmax", among: Tensor 
             losses = -likelihoods.gather(1, labels[:, None])[:, 0]
     else:
         probabilities = logits.sigmoid()
-        losses = -(F.logsigmoid(logits) * truth + (F.logsigmoid(-logits) * (1 - truth))).nan_to_num(0.0).sum(1)
+        asked = (logits, truth) if among is None else (logits.index_select(1, among), truth.index_select(1, among))
+        losses = F.binary_cross_entropy_with_logits(*asked, reduction="none").sum(1)  # as training/objective.py
     kept = {
+        "labels": labels,
         "top5": best,
         "probabilities": probabilities.gather(1, best),
         "loss": losses,
@@ -106,12 +117,14 @@ class JudgeSettings:
 
     Args:
         class_names: of the model's classes. source: which images they are (Predictions).
+        loss: of `predict`. multi_label: of `measure`.
         save_predictions: whether output_dir gets predictions.parquet, in place of an older one.
     """
 
     class_names: Sequence[str] = ()
     source: str = ""
     loss: str = "softmax"
+    multi_label: bool = False
     save_predictions: bool = False
     output_dir: str | None = None
 
@@ -123,15 +136,14 @@ def evaluate_model(
     accelerator: accelerate.Accelerator,
     settings: JudgeSettings = JudgeSettings(),
 ) -> dict[str, float]:
-    """eval_loss (nats), eval_accuracy, eval_accuracy_top5 (in [0, 1]) and eval_samples; the same on all processes.
-    Arguments are those of `predict`.
+    """What `measure` gives, the same on all processes. Arguments are those of `predict`.
 
     Raises:
         UserError: no sample could be evaluated.
     """
     names, source = settings.class_names, settings.source
     predictions = predict(model, batches, normalise, accelerator, names, loss=settings.loss, source=source)
-    results = [measure(predictions) if accelerator.is_main_process else None]
+    results = [measure(predictions, settings.multi_label) if accelerator.is_main_process else None]
     if settings.save_predictions and accelerator.is_main_process:
         write_predictions(Path(settings.output_dir) / FILE, predictions)
     return broadcast_object_list(results)[0]
@@ -145,10 +157,19 @@ def metric(name: str, predictions: np.ndarray, references: np.ndarray, **options
     return module.compute(predictions=predictions, references=references, **options)
 
 
-def measure(predictions: Predictions) -> dict[str, float]:
-    """eval_loss, eval_accuracy, eval_accuracy_top5 and eval_samples; one process is enough."""
+def measure(predictions: Predictions, multi_label: bool = False) -> dict[str, float]:
+    """eval_loss, eval_accuracy, eval_accuracy_top5 (in [0, 1]) and eval_samples; one process is enough.
+
+    Args:
+        multi_label: each of an image's labels is to be found, where else any of them is right: eval_map (the mean of the
+            classes' average precision), eval_f1_micro and eval_f1_macro (of probabilities above 0.5) in place of accuracies.
+    """
     labels = predictions.labels
-    if labels.ndim == 2:  # the metrics of one label take whether it was hit as the label
+    if multi_label:
+        answered = metric("multi_label_f1", predictions.scores > 0.5, labels)
+        accuracies = {"eval_map": average_precisions(predictions)["mean_average_precision"]}
+        accuracies |= {f"eval_{name}": value for name, value in answered.items()}
+    elif labels.ndim == 2:  # the metrics of one label take whether it was hit as the label
         correct, hit = predictions.correct, predictions.hits(5)
         accuracies = {"eval_accuracy": float(correct.mean()), "eval_accuracy_top5": float(hit.mean())}
     else:
@@ -193,3 +214,15 @@ def measure_fully(predictions: Predictions) -> tuple[dict[str, float], Details]:
     numbers["eval_macro_f1"] = metric("macro_f1", best, labels)["macro_f1"]
     numbers["eval_mean_per_class_accuracy"] = shares["mean_per_class_accuracy"]
     return numbers, Details(bins, np.asarray(matrix), shares["per_class_accuracy"])
+
+
+def average_precisions(predictions: Predictions) -> dict[str, Any]:
+    """{"mean_average_precision", "average_precision": of each class, None where no image has it}, of (N, K) labels.
+
+    Raises:
+        UserError: no image has a label.
+    """
+    found = metric("average_precision", predictions.scores, predictions.labels)
+    if found["mean_average_precision"] is None:
+        raise UserError("no image of the evaluation split has a label; look at --eval_split and --label_column_name")
+    return found

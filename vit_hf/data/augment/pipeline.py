@@ -111,7 +111,8 @@ class Augment:
         fill: grey level that the policies' shifts and rotations bring in, of all channels or of each.
         erasing: probability of random erasing.
         erasing_mode: `uniform` (grey levels, before normalisation), or `pixel` or `const` of timm (after it).
-        label_smoothing: share of every target spread over all classes (arXiv 1512.00567, section 7).
+        label_smoothing: share of every target spread over all classes (arXiv 1512.00567, section 7): t becomes
+            (1 - share) * t + share / K, also where t has several ones, as timm's BinaryCrossEntropy has it of one.
     """
 
     def __init__(
@@ -140,14 +141,16 @@ class Augment:
         self.label_smoothing = label_smoothing
 
     def __call__(self, batch: dict[str, Tensor], step: int, micro_step: int, rank: int) -> tuple[Tensor, Tensor]:
-        """{pixel_values uint8 (B, C, H, W), labels int64 (B,) on the device; visit, index int64 (B,) on the host} ->
+        """{pixel_values uint8 (B, C, H, W), labels int64 (B,) or float (B, K) on the device; visit, index int64 (B,) on the host} ->
         pixel_values float (B, C, H, W), targets float (B, K)."""
         keys = sample_keys(self.seed, batch["visit"].numpy(), batch["index"].numpy())
         pixels = self.change(batch["pixel_values"].permute(0, 2, 3, 1), keys)
         pixel_values = normalise(pixels.permute(0, 3, 1, 2), self.mean, self.std)
         if self.erasing > 0 and self.erasing_mode != "uniform":
             pixel_values = random_erasing_normalised(pixel_values, keys, self.erasing, self.erasing_mode)
-        targets = torch.nn.functional.one_hot(batch["labels"], self.num_classes).float()
+        targets = batch["labels"]
+        if targets.ndim == 1:
+            targets = torch.nn.functional.one_hot(targets, self.num_classes).float()
         if self.label_smoothing > 0:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         if not self.mixing.is_on(step):

@@ -12,6 +12,8 @@ import numpy as np
 import PIL
 
 import vit_hf
+from vit_hf.data.rows.labels import LabelLists
+from vit_hf.data.rows.table import TableRows
 from vit_hf.data.sets.origin import Origin
 from vit_hf.errors import UserError
 
@@ -78,7 +80,7 @@ def describe_content(work: Work, names: dict[str, str], source: dict[str, Any], 
     if name not in NAMED_SETS and os.path.isdir(os.path.expanduser(name)):
         # "./" as on the command line: a folder, not a set of that name; where it lies is this machine's own business
         source = {**source, "dataset_name": f"./{os.path.basename(os.path.abspath(os.path.expanduser(name)))}"}
-    labels = {split: dataset.with_format("numpy")["label"][:] for split, dataset in work.sets.items()}
+    labels = {split: TableRows(dataset).labels for split, dataset in work.sets.items()}
     content = {
         "source": source,
         "shorter_side": work.shorter_side,
@@ -89,7 +91,9 @@ def describe_content(work: Work, names: dict[str, str], source: dict[str, Any], 
             split: {
                 "source": names[split],
                 "rows": len(values),
-                "labels_sha256": hashlib.sha256(values.astype("<i8").tobytes()).hexdigest(),
+                "labels_sha256": hashlib.sha256(
+                    values.digest_bytes() if isinstance(values, LabelLists) else values.astype("<i8").tobytes()
+                ).hexdigest(),
             }
             for split, values in labels.items()
         },

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
@@ -88,8 +89,9 @@ def finish_shard(shard: Shard, rows: TableRows, work: Work, count: Callable[[int
 
 
 def _write(shard: Shard, rows: TableRows, work: Work, count: Callable[[int], Any]) -> None:
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=work.class_names), **SOURCE_COLUMNS}
-    schema = datasets.Features(features).arrow_schema
+    label_type = work.sets[shard.split].features["label"]
+    several = isinstance(label_type, datasets.List)
+    schema = datasets.Features({"image": datasets.Image(), "label": label_type, **SOURCE_COLUMNS}).arrow_schema
     # images are compressed already, and no two are the same
     options = {"compression": "none", "use_dictionary": False, "write_statistics": ["label"], "write_page_index": True}
     order, numbers, digests = copy_order(shard.split, len(rows)), work.numbers[shard.split], work.digests
@@ -104,7 +106,8 @@ def _write(shard: Shard, rows: TableRows, work: Work, count: Callable[[int], Any
                     image, digest = _copied(value, work.shorter_side, work.jpeg_quality)
                     if shard.split in digests:
                         digest = digests[shard.split][row].tobytes().hex()
-                    kept.append({"image": image, "label": int(label), SOURCE_ROW: number, SOURCE_SHA256: digest})
+                    value_of = np.flatnonzero(label).tolist() if several else int(label)
+                    kept.append({"image": image, "label": value_of, SOURCE_ROW: number, SOURCE_SHA256: digest})
                 except DECODE_ERRORS as error:
                     bad.append(_bad_row(shard.split, number, value["path"], error, work.on_bad_image))
                 count(1)

@@ -1,4 +1,5 @@
-"""What can be read by index: `len(rows)`, and `rows.read(index)` -> the images and int64 labels (B,).
+"""What can be read by index: `len(rows)`, and `rows.read(index)` -> the images and their labels: int64 (B,), or of sets
+with any number of labels an image bool (B, K).
 
 An image is a row of an `Image(decode=False)` column, {"bytes", "path"}, or its pixels, uint8 (H, W, 3). table.py has it
 over a table of `datasets`, parquet.py over remote files, fractals.py over formulas.
@@ -8,6 +9,8 @@ import copy
 from typing import Any, Protocol
 
 import numpy as np
+
+from vit_hf.data.rows.labels import renumbered_hot
 
 
 class Rows(Protocol):
@@ -35,10 +38,11 @@ class LazyRows:
     Args:
         num_rows: of the source.
         class_names: of the labels 0..K-1.
+        multi_label: an image has a list of labels.
     """
 
-    def __init__(self, num_rows: int, class_names: list[str]):
-        self.class_names = class_names
+    def __init__(self, num_rows: int, class_names: list[str], multi_label: bool = False):
+        self.class_names, self.multi_label = class_names, multi_label
         self.number_of = np.arange(len(class_names))  # for each label the number it is trained under
         self.source_rows, self.num_source_rows = np.arange(num_rows), num_rows
         self.source_name = ("", "")
@@ -49,6 +53,10 @@ class LazyRows:
         rows = copy.copy(self)
         rows.number_of = np.arange(len(self.class_names))
         return rows
+
+    def numbered(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of the source, int (B,) or bool (B, K), under the numbers that they are trained under."""
+        return renumbered_hot(labels, self.number_of) if self.multi_label else self.number_of[labels]
 
     def __len__(self) -> int:
         return len(self.source_rows)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vit_hf.data.rows.interface import LazyRows
+from vit_hf.data.rows.labels import flat, is_allowed, is_list
 from vit_hf.data.rows.retries import patiently
 from vit_hf.errors import UserError
 
@@ -28,6 +29,7 @@ class ParquetRows(LazyRows):
         files: paths or URLs of the shards (local, hf://, ...), in order.
         image_column, label_column: their columns.
         class_names: names of the labels 0..K-1.
+        multi_label: the label column holds lists of them.
 
     `held_rows` says how many rows are kept in memory: those of the row groups read last, at least one group.
 
@@ -41,8 +43,9 @@ class ParquetRows(LazyRows):
         image_column: str,
         label_column: str,
         class_names: list[str],
+        multi_label: bool = False,
     ):
-        super().__init__(0, class_names)
+        super().__init__(0, class_names, multi_label)
         self.files, self.columns, self.held_rows = files, [image_column, label_column], 0
         with ThreadPoolExecutor(16) as pool:  # a footer is a small read over a long way
             self.footers = list(pool.map(self._footer, files))  # a shard that is opened again needs no other
@@ -70,32 +73,35 @@ class ParquetRows(LazyRows):
         """The labels in the source's row groups of these numbers, those that are missing left out; nothing else is read."""
         with ThreadPoolExecutor(16) as pool:
             tables = list(pool.map(lambda group: self._read_group(int(group), self.columns[1:]), groups))
-        return [table.column(0).drop_null().to_numpy() for table in tables]
+        columns = [flat(table.column(0)) if self.multi_label else table.column(0) for table in tables]
+        return [column.drop_null().to_numpy() for column in columns]
 
     def read(self, index: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """The images {"bytes", "path"} and labels int64 (B,) at `index`.
+        """The images {"bytes", "path"} and labels int64 (B,) or bool (B, K) at `index`.
 
         Raises:
             UserError: a shard cannot be read, or a label is missing or out of range; file and row are named.
         """
         groups = np.searchsorted(self.first, index, side="right") - 1
         images: list[Any] = [None] * len(index)
-        labels = np.empty(len(index), dtype=np.int64)
+        several, number = self.multi_label, len(self.class_names)
+        labels = np.zeros((len(index), number), dtype=bool) if several else np.empty(len(index), dtype=np.int64)
         for group, table in self._tables(np.unique(groups).tolist()).items():
             places = np.flatnonzero(groups == group)
             inside = index[places] - self.first[group]
             image_column, label_column = table.columns
             for place, row in zip(places.tolist(), inside.tolist()):
                 value, label = image_column[row].as_py(), label_column[row].as_py()
-                if label is None or not 0 <= label < len(self.class_names):
+                if not (is_allowed(label, number) if several else label is not None and 0 <= label < number):
                     row = self.source_rows[index[place]] - self.group_start[group]
                     raise UserError(
                         f"{self.files[self.group_file[group]]}, row {row} of row group {self.group_number[group]}: label "
-                        f"{'missing' if label is None else label}, allowed are 0..{len(self.class_names) - 1}"
+                        f"{'missing' if label is None else label}, allowed are {'lists of ' if several else ''}0.."
+                        f"{number - 1}{', each once' if several else ''}"
                     )
                 images[place] = value if isinstance(value, dict) else {"bytes": value, "path": None}
-                labels[place] = label
-        return images, self.number_of[labels]
+                labels[(place, label) if several else place] = True if several else label
+        return images, self.numbered(labels)
 
     def _tables(self, groups: list[int]) -> dict[int, pa.Table]:
         """The rows that are kept of each row group; those that are not at hand are read side by side."""
@@ -213,4 +219,6 @@ def head(files: list[str], features: datasets.Features | None) -> datasets.Datas
 
 
 def _is_light(kind: pa.DataType) -> bool:
+    if is_list(kind):  # of labels; vectors of floats may be long
+        return pa.types.is_integer(kind.value_type)
     return pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)

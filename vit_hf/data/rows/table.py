@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from vit_hf.data.rows.labels import LabelLists
 from vit_hf.data.rows.retries import patiently
 from vit_hf.errors import UserError
 
@@ -30,7 +31,7 @@ class Source:
 
 
 class TableRows:
-    """The rows of a `datasets.Dataset` with the columns `image` (undecoded) and `label`.
+    """The rows of a `datasets.Dataset` with the columns `image` (undecoded) and `label`, a class or a list of classes.
 
     Args:
         source: the split that they were chosen from; None: all of them are one of their own.
@@ -41,7 +42,13 @@ class TableRows:
         source = source or Source(images, np.arange(len(dataset)), ("", ""))
         self.source, self.source_rows, self.source_name = source.images, source.rows, source.name
         self.images = images.with_format("arrow")
-        self.labels = dataset.with_format("numpy")["label"][:].astype(np.int64)
+        kind = dataset.features["label"]
+        self.labels: np.ndarray | LabelLists  # int64 (N,); or lists, of which the labels at an index are bool (B, K)
+        if isinstance(kind, datasets.List):
+            column = dataset.select_columns(["label"]).with_format("arrow")[:]["label"]
+            self.labels = LabelLists.of(column, kind.feature.num_classes)
+        else:
+            self.labels = dataset.with_format("numpy")["label"][:].astype(np.int64)
         self.retried: list[str] = []
 
     def __len__(self) -> int:
@@ -57,10 +64,13 @@ class TableRows:
 
     def renumber(self, class_index: list[int]) -> None:
         """Gives each label another number."""
-        self.labels = np.asarray(class_index)[self.labels]
+        if isinstance(self.labels, LabelLists):
+            self.labels = self.labels.renumbered(np.asarray(class_index))
+        else:
+            self.labels = np.asarray(class_index)[self.labels]
 
     def read(self, index: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """The images {"bytes", "path"} and labels int64 (B,) at `index`. A file that cannot be read stays a path, and
+        """The images {"bytes", "path"} and labels int64 (B,) or bool (B, K) at `index`. A file that cannot be read stays a path, and
         fails where it is decoded."""
         images = [image or {"bytes": None, "path": None} for image in self.images[index]["image"].to_pylist()]
         for image in images:

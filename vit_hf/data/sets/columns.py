@@ -3,11 +3,14 @@
 Must not know: where a set comes from, subsets, pixels.
 """
 
+from typing import Any
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vit_hf.data.rows.labels import LabelLists, checked_lists, flat, is_list
 from vit_hf.errors import UserError
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "pixels", "jpg", "jpeg", "png", "webp")
@@ -48,8 +51,20 @@ def holds_bytes(dataset: datasets.Dataset, name: str) -> bool:
 
 
 def label_columns(dataset: datasets.Dataset) -> list[str]:
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return typed or [name for name in LABEL_NAMES if name in dataset.column_names][:1]
+    """Those of one label, before those of lists of labels, before one that has the name of one."""
+    features = dataset.features.items()
+    typed = [name for name, feature in features if isinstance(feature, datasets.ClassLabel)]
+    lists = [name for name, feature in features if isinstance(one_label(feature), datasets.ClassLabel)]
+    return typed or lists or [name for name in LABEL_NAMES if name in dataset.column_names][:1]
+
+
+def holds_lists(feature: Any) -> bool:
+    return isinstance(feature, datasets.List | datasets.LargeList)
+
+
+def one_label(feature: Any) -> Any:
+    """The type of a label, also where a column holds lists of them."""
+    return feature.feature if holds_lists(feature) else feature
 
 
 def column_values(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -65,13 +80,21 @@ def has_labels(dataset: datasets.Dataset, label_column: str | None) -> bool:
     values = column_values(dataset, names[0])
     if len(values) == values.null_count:
         return len(values) == 0
+    if is_list(values.type):
+        values = flat(values).drop_null()
+        if len(values) == 0:
+            return False
     return not pa.types.is_integer(values.type) or pc.max(values).as_py() > NO_LABEL
 
 
 def checked_labels(
     values: pa.ChunkedArray, feature: datasets.ClassLabel, class_names: list[str], split: str
-) -> np.ndarray:
-    """Check a ClassLabel column's range, and renumber it where this split lists the same classes in another order."""
+) -> np.ndarray | LabelLists:
+    """Check a ClassLabel column's range, and renumber it where this split lists the same classes in another order; also
+    a column of lists of them."""
+    if is_list(values.type):
+        lists = checked_lists(values, len(feature.names), f"{split} split")
+        return lists.renumbered(renumbered(feature.names, class_names, split))
     labels = values.to_numpy().astype(np.int64)
     outside = np.flatnonzero((labels < 0) | (labels >= len(feature.names)))
     if len(outside):
@@ -101,21 +124,43 @@ def renumbered(names: list[str], class_names: list[str], split: str) -> np.ndarr
 
 
 def encode_labels(values: dict, columns: dict) -> tuple[dict, list[str]]:
-    """Number plain integer (by value) or text labels (alphabetically), over all splits together."""
+    """Number plain integer (by value) or text labels (alphabetically), over all splits together. In lists integers are
+    the numbers of classes, up to the largest that is found."""
+    lists, values = values, {name: flat(column) if is_list(column.type) else column for name, column in values.items()}
+    several = any(is_list(column.type) for column in lists.values())
     distinct = set()
     for name, column in values.items():
         kind = column.type
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(
-                f"--label_column_name {columns[name][1]}: holds {kind}; allowed are class labels, integers or text"
+                f"--label_column_name {columns[name][1]}: holds {kind}; allowed are class labels, integers or text, or "
+                "lists of one of these"
             )
-        distinct.update(column.unique().to_pylist())
+        distinct.update(column.unique().drop_null().to_pylist())
     if len({type(value) for value in distinct}) > 1:
         raise UserError("the splits' label columns differ in type (integers, text): choose another --eval_split")
     order = sorted(distinct)
+    if several and all(isinstance(value, int) for value in order):
+        order = list(range(max(order, default=-1) + 1))
     index_of = pa.array(order)
+    if several:
+        labels = {name: _numbered_lists(lists[name], index_of, f"{name} split") for name in lists}
+        return labels, [str(value) for value in order]
     labels = {
         name: pc.index_in(column.cast(index_of.type), index_of).to_numpy().astype(np.int64)
         for name, column in values.items()
     }
     return labels, [str(value) for value in order]
+
+
+def _numbered_lists(column: pa.ChunkedArray, index_of: pa.Array, where: str) -> LabelLists:
+    """Lists of integers or text as lists of class numbers."""
+    found = []
+    for chunk in column.chunks:
+        chunk = chunk.cast(pa.list_(chunk.type.value_type))
+        inside = chunk.flatten()
+        if not pa.types.is_integer(inside.type):
+            inside = pc.index_in(inside.cast(index_of.type), index_of)
+        ends = np.concatenate([[0], np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))])
+        found.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), inside.cast(pa.int64())))
+    return checked_lists(pa.chunked_array(found, pa.list_(pa.int64())), len(index_of), where)

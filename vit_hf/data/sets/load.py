@@ -14,8 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_hf.data.processes import Processes
+from vit_hf.data.rows.labels import LabelLists
 from vit_hf.data.rows.table import Source
-from vit_hf.data.sets.columns import NO_LABEL, checked_labels, column_values, encode_labels, find_columns
+from vit_hf.data.sets.columns import (
+    NO_LABEL,
+    checked_labels,
+    column_values,
+    encode_labels,
+    find_columns,
+    holds_lists,
+    one_label,
+)
 from vit_hf.data.sets.digits import load_digits_splits
 from vit_hf.data.sets.fractals import load_fractal_splits, parse_options
 from vit_hf.data.sets.glyphs import load_glyphs_splits
@@ -38,6 +47,8 @@ from vit_hf.data.sets.subset import (
     draw_samples,
     hold_out,
     resolve_classes,
+    rows_of_classes,
+    taken,
 )
 from vit_hf.data.sets.tars import tar_class_names
 from vit_hf.errors import UserError
@@ -51,7 +62,7 @@ class _Split:
 
     name: str
     images: datasets.Dataset  # the one column `image`
-    labels: np.ndarray  # int64 (N,), over all source rows
+    labels: np.ndarray | LabelLists  # int64 (N,), over all source rows; or lists of them
     rows: np.ndarray  # int64 (n,), ascending
     origin: Origin  # of all source rows
     source_name: str  # as the set names it
@@ -168,7 +179,7 @@ def load_image_splits(
         notes.append(f"The evaluation split is the training split itself ({eval_name}), as the flags ask.")
 
     kept = resolve_classes(subset.classes, class_names)
-    eval_rows = evaluation.rows[np.isin(evaluation.labels[evaluation.rows], kept)]
+    eval_rows = evaluation.rows[rows_of_classes(taken(evaluation.labels, evaluation.rows), kept)]
     if len(eval_rows) == 0:
         raise UserError(
             f"--eval_split {evaluation.name}: no images of the classes in use; splits: {listed_splits(source)}"
@@ -178,7 +189,8 @@ def load_image_splits(
         if not subset.is_empty:
             note_old_copy(dataset_name, source[train_name].features, notes)
         train_rows, record = apply_rule(train.labels, train.rows, subset, class_names, train.origin)
-        check_untrained(train.labels[train_rows], evaluation.labels[eval_rows], class_names, subset, notes)
+        trained, evaluated = taken(train.labels, train_rows), taken(evaluation.labels, eval_rows)
+        check_untrained(trained, evaluated, class_names, subset, notes)
         train_rows = train_rows[draw_samples(len(train_rows), max_train_samples, split_seed)]
     eval_rows = eval_rows[draw_samples(len(eval_rows), max_eval_samples, split_seed)]
     sources = {"eval": Source(evaluation.images, eval_rows, (dataset_name, evaluation.source_name))}
@@ -195,6 +207,7 @@ def load_image_splits(
         train_origin=train.origin.at(train_rows) if need_train else None,
         eval_origin=evaluation.origin.at(eval_rows),
         sources=sources,
+        multi_label=isinstance(evaluation.labels, LabelLists),
     )
 
 
@@ -248,12 +261,18 @@ def _read_splits(
     if names is not None:
         named = datasets.ClassLabel(names=names)
         features = {name: named if pa.types.is_integer(values[name].type) else features[name] for name in source}
+    lists = {name: holds_lists(feature) for name, feature in features.items()}
+    features = {name: one_label(feature) for name, feature in features.items()}
     typed = [isinstance(feature, datasets.ClassLabel) for feature in features.values()]
-    if all(typed):
+    alike = all(lists.values()) or not any(lists.values())
+    if alike and all(typed):
         class_names = list(next(iter(features.values())).names)
         labels = {name: checked_labels(values[name], features[name], class_names, name) for name in source}
-    elif any(typed):
-        shown = ", ".join(f"{name}: {columns[name][1]} {type(feature).__name__}" for name, feature in features.items())
+    elif any(typed) or not alike:
+        shown = ", ".join(
+            f"{name}: {columns[name][1]} {'list of ' if lists[name] else ''}{type(feature).__name__}"
+            for name, feature in features.items()
+        )
         raise UserError(f"the splits' label columns differ in type ({shown}): choose others by --label_column_name")
     else:
         labels, class_names = encode_labels(values, columns)
@@ -278,8 +297,9 @@ def _hold_out(train: _Split, split_seed: int, notes: list[str]) -> tuple[_Split,
             "name a split by --eval_split"
         )
     percent = round(100 * HELD_OUT_FRACTION)
+    of_each = "" if isinstance(train.labels, LabelLists) else " of each class"
     notes.append(
-        f"The set has no labelled evaluation split: {len(held_out)} rows ({percent}% of each class) of "
+        f"The set has no labelled evaluation split: {len(held_out)} rows ({percent}%{of_each}) of "
         f"{train.name} are held out with --split_seed {split_seed}."
     )
     rest = dataclasses.replace(train, name=f"{train.name} ({100 - percent}% kept, split seed {split_seed})", rows=kept)
@@ -293,6 +313,10 @@ def _finish(split: _Split, rows: np.ndarray, kept: np.ndarray, class_names: list
     number_of = np.full(len(class_names), NO_LABEL, dtype=np.int64)
     number_of[kept] = np.arange(len(kept))
     feature = datasets.ClassLabel(names=[class_names[index] for index in kept])
+    if isinstance(split.labels, LabelLists):
+        column, feature = split.labels.renumbered(number_of).column(), datasets.List(feature)
+    else:
+        column = number_of[split.labels]
     # The column goes on before the rows are chosen: added to a selection, it would copy every image.
-    dataset = split.images.add_column("label", number_of[split.labels], feature=feature)
+    dataset = split.images.add_column("label", column, feature=feature)
     return dataset if len(rows) == len(dataset) else dataset.select(rows)

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from vit_hf.data.rows.interface import LazyRows
+from vit_hf.data.rows.labels import LabelLists
 from vit_hf.data.rows.parquet import ParquetRows, head, light_columns, parquet_splits
-from vit_hf.data.sets.columns import NO_LABEL, checked_labels, find_columns, renumbered
+from vit_hf.data.sets.columns import NO_LABEL, checked_labels, find_columns, holds_lists, one_label, renumbered
 from vit_hf.data.sets.fractals import FractalRows, num_images, parse_options
 from vit_hf.data.sets.fractals import class_names as class_names_of
 from vit_hf.data.sets.load_errors import explained
@@ -32,7 +33,9 @@ from vit_hf.data.sets.subset import (
     draw_samples,
     keep_fraction,
     resolve_classes,
+    rows_of_classes,
     subset_hash,
+    taken,
 )
 from vit_hf.errors import UserError
 
@@ -56,6 +59,7 @@ class _Stream:
     eval_name: str
     open: Callable[[str], LazyRows]
     knows_origin: bool = False
+    multi_label: bool = False
 
 
 def load_streamed(
@@ -93,7 +97,9 @@ def load_streamed(
     evaluation.source_name = (name, stream.eval_name)
     evaluation.keep(draw_samples(len(evaluation), max_eval_samples, split_seed))
     train_name = stream.train_name if need_train else None
-    return ImageSplits(train, evaluation, class_names, train_name, stream.eval_name, record, notes)
+    return ImageSplits(
+        train, evaluation, class_names, train_name, stream.eval_name, record, notes, multi_label=stream.multi_label
+    )
 
 
 def _fractals(config_name: str | None, train_split: str | None, eval_split: str | None, need_train: bool) -> _Stream:
@@ -123,7 +129,11 @@ def _shards(
         raise UserError("--streaming: no part of a stream is held out; name a split to evaluate by --eval_split")
     named = [split for split in (train_name, eval_name) if split]
     columns = {split: find_columns(heads[split], split, *asked_columns) for split in named}
-    kinds = {split: heads[split].features[label] for split, (_, label) in columns.items()}
+    found = {split: heads[split].features[label] for split, (_, label) in columns.items()}
+    multi_label = any(holds_lists(kind) for kind in found.values())
+    kinds = {split: one_label(kind) for split, kind in found.items() if holds_lists(kind) == multi_label}
+    if len(kinds) < len(found):
+        raise UserError(f"the splits' label columns differ in type ({found}): choose others by --label_column_name")
     if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
         raise UserError(
             "--streaming: the label column names no classes, which would be known only when all of it was read; "
@@ -132,12 +142,12 @@ def _shards(
     class_names = list(next(iter(kinds.values())).names)
 
     def open_split(split: str) -> ParquetRows:
-        rows = ParquetRows(shards[split], *columns[split], kinds[split].names)
+        rows = ParquetRows(shards[split], *columns[split], kinds[split].names, multi_label)
         rows.renumber(renumbered(kinds[split].names, class_names, split))
         return rows
 
     knows_origin = all(carries_origin(heads[split].features) for split in columns)
-    return _Stream(heads, class_names, train_name, eval_name, open_split, knows_origin)
+    return _Stream(heads, class_names, train_name, eval_name, open_split, knows_origin, multi_label)
 
 
 def _keep_fraction(train: LazyRows, rule: SubsetRule, notes: list[str]) -> dict:
@@ -160,11 +170,11 @@ def _narrow(
     number_of = np.full(len(class_names), NO_LABEL)
     number_of[kept] = np.arange(len(kept))
 
-    def labels_of(rows: ParquetRows, split: str, table: pa.Table) -> np.ndarray:
+    def labels_of(rows: ParquetRows, split: str, table: pa.Table) -> np.ndarray | LabelLists:
         return checked_labels(table[0], datasets.ClassLabel(names=rows.class_names), class_names, split)
 
     eval_labels = labels_of(evaluation, "evaluation", light_columns(evaluation.files, evaluation.columns[1:]))
-    eval_rows = np.flatnonzero(np.isin(eval_labels, kept))
+    eval_rows = rows_of_classes(eval_labels, kept)
     if len(eval_rows) == 0:
         raise UserError("--eval_split: no images of the classes in use")
     record = {}
@@ -173,7 +183,7 @@ def _narrow(
         labels = labels_of(train, "training", table)
         every = np.arange(len(labels))
         chosen, record = apply_rule(labels, every, rule, class_names, Origin(every, table))
-        check_untrained(labels[chosen], eval_labels[eval_rows], class_names, rule, notes)
+        check_untrained(taken(labels, chosen), taken(eval_labels, eval_rows), class_names, rule, notes)
         train.keep(chosen)
         train.renumber(number_of)
     evaluation.keep(eval_rows)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vit_hf.data.randomness import mix_bits, sample_keys
 from vit_hf.data.rows.interface import Rows
+from vit_hf.data.rows.labels import LabelLists
 from vit_hf.data.sets.origin import DIGEST_BYTES, Origin
 from vit_hf.errors import UserError
 
@@ -114,7 +115,7 @@ def class_quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def select_indices(
-    labels: np.ndarray,
+    labels: np.ndarray | LabelLists,
     rule: SubsetRule,
     class_names: list[str],
     content_digests: Callable[[np.ndarray], np.ndarray],
@@ -123,10 +124,11 @@ def select_indices(
     """Return the rows that a rule keeps, ascending int64 (n,): the same rows in whatever order the source has them.
 
     Inside a class, rows are ranked by a hash of their content and the seed, never by position; rows with identical
-    content are interchangeable and ranked by their numbers.
+    content are interchangeable and ranked by their numbers. Where images have lists of labels, one that has any of the
+    classes is of them, and a fraction is one of all images: there is no class to keep a share of.
 
     Args:
-        labels: int (N,), each in 0..K-1.
+        labels: int (N,), each in 0..K-1; or lists.
         rule: what to keep.
         class_names: the K names, in the source's order.
         content_digests: called with rows (M,), returns uint8 (M, 32), a digest of each row's image; only called when
@@ -134,11 +136,16 @@ def select_indices(
         numbers: int (N,), the number of each row in the original set; None where that is its position.
 
     Raises:
-        UserError: an unknown class, or a class with fewer rows than `per_class`.
+        UserError: an unknown class, or a class with fewer rows than `per_class`; `per_class` of lists.
     """
-    labels = np.asarray(labels)
     kept_classes = resolve_classes(rule.classes, class_names)
-    rows = np.flatnonzero(np.isin(labels, kept_classes))
+    rows = rows_of_classes(labels, kept_classes)
+    if isinstance(labels, LabelLists) and rule.per_class is not None:
+        raise UserError(
+            f"--subset_per_class {rule.per_class}: needs one label an image, and the label column holds lists of labels; "
+            "allowed are --subset_fraction and --subset_classes"
+        )
+    labels = np.zeros(len(labels), dtype=np.int64) if isinstance(labels, LabelLists) else np.asarray(labels)
     if rule.fraction in (None, 1) and rule.per_class is None:
         return rows
     counts = np.bincount(labels[rows], minlength=len(class_names))
@@ -156,6 +163,20 @@ def select_indices(
     keys = [*_content_keys(content_digests(rows), rule.seed), rows if numbers is None else numbers[rows]]
     ranks = _ranks_within_class(labels[rows], *keys)
     return rows[ranks < quotas[labels[rows]]]
+
+
+def rows_of_classes(labels: np.ndarray | LabelLists, kept_classes: np.ndarray) -> np.ndarray:
+    """The rows of some classes, ascending int64 (n,); of all classes all rows, those without a label, too."""
+    if not isinstance(labels, LabelLists):
+        return np.flatnonzero(np.isin(labels, kept_classes))
+    if len(kept_classes) == labels.num_classes:
+        return np.arange(len(labels))
+    return np.unique(labels.rows()[np.isin(labels.numbers, kept_classes)])
+
+
+def taken(labels: np.ndarray | LabelLists, rows: np.ndarray) -> np.ndarray | LabelLists:
+    """The labels of some rows, as they are."""
+    return labels.take(rows) if isinstance(labels, LabelLists) else labels[rows]
 
 
 def _content_keys(digests: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,14 +214,14 @@ def identity_of(rows: Rows) -> str:
 
 
 def apply_rule(
-    labels: np.ndarray, rows: np.ndarray, rule: SubsetRule, class_names: list[str], origin: Origin
+    labels: np.ndarray | LabelLists, rows: np.ndarray, rule: SubsetRule, class_names: list[str], origin: Origin
 ) -> tuple[np.ndarray, dict]:
     """Narrow `rows` to the rule: returns ascending rows and the record {rule, subset_hash, train_samples}.
 
     The images and the hash are the same for a set, its copy by `vit-hf data prepare`, and a stream of that copy.
 
     Args:
-        labels: int (N,), each in 0..K-1.
+        labels: int (N,), each in 0..K-1; or lists.
         rows: ascending int (n,), the rows of the split to choose from.
         rule, class_names: as for `select_indices`.
         origin: of all N rows.
@@ -212,7 +233,7 @@ def apply_rule(
         return rows, {}
     numbers = origin.at(rows).numbers()
     chosen = select_indices(
-        labels[rows], rule, class_names, lambda positions: origin.at(rows[positions]).digests(), numbers
+        taken(labels, rows), rule, class_names, lambda positions: origin.at(rows[positions]).digests(), numbers
     )
     if len(chosen) == 0:
         raise UserError(f"the subset {rule.describe()} keeps zero training samples: raise --subset_fraction")
@@ -221,10 +242,18 @@ def apply_rule(
 
 
 def check_untrained(
-    train_labels: np.ndarray, eval_labels: np.ndarray, class_names: list[str], rule: SubsetRule, notes: list[str]
+    train_labels: np.ndarray | LabelLists,
+    eval_labels: np.ndarray | LabelLists,
+    class_names: list[str],
+    rule: SubsetRule,
+    notes: list[str],
 ) -> None:
     """Refuse a subset that evaluates a class it does not train; without a subset, the set itself is like that."""
-    names = [class_names[index] for index in np.setdiff1d(eval_labels, train_labels)]
+    trained, evaluated = (
+        labels.numbers if isinstance(labels, LabelLists) else labels for labels in (train_labels, eval_labels)
+    )
+    kept = resolve_classes(rule.classes, class_names)  # images of theirs may have other labels beside them
+    names = [class_names[index] for index in np.intersect1d(np.setdiff1d(evaluated, trained), kept)]
     if not names:
         return
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
@@ -236,11 +265,14 @@ def check_untrained(
     notes.append(f"The evaluation split has classes without a training image: {shown}.")
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split rows into kept and held out, both ascending int64: a seeded `fraction` of every class is held out.
+def hold_out(labels: np.ndarray | LabelLists, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split rows into kept and held out, both ascending int64: a seeded `fraction` of every class is held out, of lists
+    of labels one of all rows.
 
     Every class keeps at least one row, so a class of one row is never held out.
     """
+    if isinstance(labels, LabelLists):
+        labels = np.zeros(len(labels), dtype=np.int64)
     counts = np.bincount(labels)
     quotas = np.minimum(class_quotas(counts, fraction), np.maximum(counts - 1, 0))
     places = np.random.RandomState(seed % 2**32).permutation(len(labels))
