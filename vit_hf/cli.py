@@ -23,6 +23,7 @@ commands:
   report RUN [RUN ...]                 runs side by side, finished or not: a table and their curves, as HTML and more
   study FILE                           a grid of runs that answers questions, and the report of what came of them
   verify RUN                           a run beside what its recipe promises; 1 where something is missed
+  space MODEL --output_dir DIR         a page for the Hub that shows what the model answers and where it looks
   lineage MODEL                        from a model back to the data: parents by commit, sets, subsets
 
 vit-hf COMMAND --help says more."""
