@@ -1,6 +1,8 @@
 """The models in other people's hands: the losses of `problem_type`, plain `Trainer`, peft, torchao, features."""
 
 import copy
+import functools
+import re
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from tests.runs import ROOT
 from vit_hf.models import (
     BitConfig,
     BitForImageClassification,
@@ -272,3 +275,79 @@ def test_int8_weights_give_nearly_the_same_logits(trained):
 
 def rms(values):
     return values.square().mean().sqrt().item()
+
+
+# --- the page ---
+
+
+def lines_of(topic):
+    """The Python lines under a topic of docs/models.md, "In the ecosystem"."""
+    page = (ROOT / "docs/models.md").read_text()
+    section = page[page.index("## In the ecosystem") : page.index("## Other checkpoints")]
+    (text,) = (part for part in section.split("\n**") if part.startswith(f"{topic}.**"))
+    return "".join(re.findall(r"```python\n(.*?)```", text, re.S))
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """What the page's lines find: names, and a folder to write in."""
+    monkeypatch.chdir(tmp_path)
+    return dict(
+        torch=torch, model=classifier("switched"), images=images(), train=Digits(TRAIN), test=Digits(TEST),
+        resnet=classifier("resnet").eval(),
+    )  # fmt: skip
+
+
+def test_the_lines_about_trainer_peft_and_torchao_run(page, monkeypatch):
+    for name in ("peft", "torchao"):
+        pytest.importorskip(name)
+    monkeypatch.setattr("transformers.TrainingArguments", functools.partial(TrainingArguments, use_cpu=True))
+    exec(lines_of("Trainer").replace("max_steps=60", "max_steps=3"), page)
+    saved = ViTForImageClassification.from_pretrained("runs/by_trainer/final")
+    before = logits_of(saved, images())
+    exec(lines_of("peft"), page)
+    adapted = page["peft"].PeftModel.from_pretrained(saved, "runs/adapter")
+    expected = logits_of(page["model"], images())
+    torch.testing.assert_close(logits_of(adapted, images()), expected, rtol=0, atol=1e-4)
+    merged = ViTForImageClassification.from_pretrained("runs/merged")
+    torch.testing.assert_close(logits_of(merged, images()), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    exec(lines_of("torchao"), page)
+    assert type(page["model"].classifier.weight).__name__ == "Int8Tensor"
+
+
+def test_the_lines_about_compile_run(page, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # as fast as it gets
+    with torch.no_grad():
+        exec(lines_of("torch.compile"), page)
+        torch.testing.assert_close(page["faster"](images()).logits, page["model"](images()).logits)
+
+
+def test_the_lines_about_features_give_the_maps_of_a_vit_and_of_a_resnet(page):
+    page["model"].eval()
+    with torch.no_grad():
+        exec(lines_of("Features"), page)
+        feature_maps = page["backbone"].eval()(images()).feature_maps
+        states = page["resnet"](images(), output_hidden_states=True).hidden_states
+    assert [tuple(one.shape) for one in page["maps"]] == 3 * [(4, 32, 4, 4)]
+    tokens = page["model"].vit.layernorm(page["states"][-1])
+    torch.testing.assert_close(tokens, page["encoded"].last_hidden_state)
+    # row 1, column 2 of the grid is the seventh patch, behind two registers
+    assert torch.equal(page["maps"][-1][:, :, 1, 2], page["states"][-1][:, 2 + 6])
+    pooled = tokens[:, 2:].mean(1)
+    torch.testing.assert_close(page["encoded"].pooler_output, pooled)
+    assert len(feature_maps) == 2
+    for found, expected in zip(feature_maps, states[1:], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_the_lines_about_onnx_give_a_model_of_the_same_logits(page):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    exec(lines_of("ONNX"), page)
+    session = onnxruntime.InferenceSession("model.onnx")
+    for batch in (4, 7):
+        (found,) = session.run(None, {"pixel_values": images(batch).numpy()})
+        expected = logits_of(page["model"], images(batch))
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)

@@ -159,9 +159,7 @@ def for_new_labels(
         fields.pop(name, None)
     if not keep_head and "head_hidden_size" in fields:
         fields["head_hidden_size"] = None
-    if (
-        fields.get("position_embedding") == "sincos_2d"
-    ):  # another image size has its places between those of the weights
+    if fields.get("position_embedding") == "sincos_2d":  # the places of another size lie between those of the weights
         fields["learned_grid_size"] = fields["learned_grid_size"] or list(model.config.grid_size)
     fields.update(changes, **labels_of(class_names))
     target = type(model)(make_config(type(model.config), fields))
