@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,17 +114,18 @@ def about_set(one: Any, images: GivenImages, among: Any) -> dict[str, Any]:
         about["hub_id"] = one.dataset_name
     if among is not None:
         about["classes"] = len(among)
-    return about | {"revision": revision_of(images.splits)}
+    return about | {"revision": revision_of(images.splits, one.dataset_name)}
 
 
-def revision_of(splits: Any) -> str | None:
-    """The commit of the Hub that a set was loaded from; None where it does not come from there."""
-    checksums = getattr(getattr(splits.eval, "info", None), "download_checksums", None) or {}
-    for url in checksums:
-        head, at, rest = str(url).partition("@")
-        if at and head.startswith("hf://datasets/"):
-            return rest.partition("/")[0]
-    return None
+def revision_of(splits: Any, dataset_name: str) -> str | None:
+    """The commit of the Hub that a set was loaded from, which is the name of its folder in the cache of `datasets`; None
+    where it does not come from there, and of a stream."""
+    from vit_hf.data.sets.names import GENERATED_SETS, resolve_name
+
+    if dataset_name in GENERATED_SETS or resolve_name(dataset_name)[1] or "eval" not in splits.sources:
+        return None
+    folders = [Path(file["filename"]).parent.name for file in splits.sources["eval"].images.cache_files]
+    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
 
 
 def folder_of(one: Any, sets: list[Any], folder: Path) -> Path:
