@@ -12,6 +12,7 @@ from vit_hf.arguments.values import parse_overrides
 from vit_hf.commands.data import CacheArguments, PrepareArguments, ShowArguments
 from vit_hf.commands.evaluate import EvaluateArguments
 from vit_hf.commands.figures import FiguresArguments
+from vit_hf.commands.predict import PredictArguments
 from vit_hf.commands.probe import ProbeArguments
 from vit_hf.commands.study import chosen, parse_words
 from vit_hf.models.presets import preset_config
@@ -96,6 +97,8 @@ def test_documented_command(words):
         parse(PrepareArguments, words[3:], prog="prepare")
     elif words[:2] == ["vit-hf", "figures"]:
         assert parse(FiguresArguments, words[2:], prog="figures", positional="model").output_dir
+    elif words[:2] == ["vit-hf", "predict"]:
+        assert parse(PredictArguments, words[2:], prog="predict", positional=("model", "images")).images
     elif words[:3] == ["vit-hf", "data", "show"]:
         parse(ShowArguments, words[3:], prog="show")
     elif words[:3] == ["vit-hf", "data", "cache"]:
@@ -129,7 +132,15 @@ def test_documented_command(words):
 
 
 def test_flags_in_the_docs_exist():
-    classes = (CacheArguments, RunArguments, EvaluateArguments, FiguresArguments, PrepareArguments, ShowArguments)
+    classes = (
+        CacheArguments,
+        RunArguments,
+        EvaluateArguments,
+        FiguresArguments,
+        PredictArguments,
+        PrepareArguments,
+        ShowArguments,
+    )
     classes += (ProbeArguments,)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
