@@ -178,6 +178,14 @@ def test_with_few_images_layers_are_not_compared():
     assert "over 32 images or more; here are 31." in blocks[-2]
 
 
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_weights_of_16_bits_are_drawn_too(family):
+    """As a run under ZeRO-2 in bf16 has them."""
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
+    blocks = model_figures(make(family).bfloat16(), images[:1], PREPROCESSING, images)
+    assert set(captions(blocks)) == HAVE[family]
+
+
 @pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_filters_of_grey_images_are_grey(family):
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)

@@ -123,4 +123,4 @@ def encode(model: nn.Module, pixel_values: Tensor) -> None:
     if isinstance(model, ViTForImageClassification):
         model.vit(pixel_values, interpolate_pos_encoding=True)
     else:
-        model.base_model(pixel_values)
+        model.base_model(pixel_values.to(next(model.parameters()).dtype))  # DeepSpeed keeps weights in 16 bits
