@@ -9,6 +9,7 @@ import yaml
 from tests.runs import ROOT
 from vit_hf.arguments import RunArguments, check, parse
 from vit_hf.arguments.values import parse_overrides
+from vit_hf.commands.bench import BenchArguments
 from vit_hf.commands.data import CacheArguments, PrepareArguments, ShowArguments
 from vit_hf.commands.evaluate import EvaluateArguments
 from vit_hf.commands.figures import FiguresArguments
@@ -87,6 +88,9 @@ def test_documented_command(words):
         if words[scripts[0] + 1 :]:
             check_run(words[scripts[0] + 1 :])
         assert words[0] in ("accelerate", "python"), words
+    elif words[:2] == ["vit-hf", "bench"]:
+        for name in parse(BenchArguments, words[2:], prog="bench", positional="models").models:
+            assert name.startswith("runs/") or preset_config(name)
     elif "probe" in words:
         parse(ProbeArguments, words[words.index("probe") + 1 :], prog="probe", positional="model")
     elif "evaluate" in words:
@@ -141,7 +145,7 @@ def test_flags_in_the_docs_exist():
         PrepareArguments,
         ShowArguments,
     )
-    classes += (ProbeArguments,)
+    classes += (BenchArguments, ProbeArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
                 "--main_process_port", "--mixed_precision", "--index-url", "--shm-size", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue"}  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
 COMMANDS = (
-    "models", "convert", "evaluate", "predict", "probe", "figures", "data", "report", "study",
+    "models", "convert", "evaluate", "predict", "probe", "bench", "figures", "data", "report", "study",
     "verify", "lineage", "space",
 )  # fmt: skip
 USAGE = """usage: vit-hf COMMAND ...
@@ -17,6 +17,7 @@ commands:
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
   predict MODEL IMAGE|FOLDER|NAME ...  the classes of images: a table, a file, or copies sorted into folders
   probe MODEL --dataset_name NAME      few-shot regression, nearest neighbours and logistic regression on frozen features
+  bench MODEL [MODEL ...]              latency, throughput and memory of presets, folders or Hub ids side by side
   figures MODEL [--images FILE ...]    filters, positions, attention, saliency and features, as pictures and a page
   data prepare | show | bench | cache  a smaller copy of a set; a picture of what training makes of it; how fast it comes;
                                        the sets that are kept decoded
