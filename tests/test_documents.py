@@ -10,6 +10,7 @@ from tests.runs import ROOT
 from vit_hf.arguments import RunArguments, check, parse
 from vit_hf.arguments.values import parse_overrides
 from vit_hf.commands.bench import BenchArguments
+from vit_hf.commands.compare import CompareArguments
 from vit_hf.commands.data import CacheArguments, PrepareArguments, ShowArguments
 from vit_hf.commands.evaluate import EvaluateArguments
 from vit_hf.commands.figures import FiguresArguments
@@ -93,6 +94,8 @@ def test_documented_command(words):
             assert name.startswith("runs/") or preset_config(name)
     elif "probe" in words:
         parse(ProbeArguments, words[words.index("probe") + 1 :], prog="probe", positional="model")
+    elif words[:2] == ["vit-hf", "compare"]:
+        assert parse(CompareArguments, words[2:], prog="compare", positional=("first", "second")).output_dir
     elif "evaluate" in words:
         parse(EvaluateArguments, words[words.index("evaluate") + 1 :], prog="evaluate", positional="model")
     elif words[0] == "make":
@@ -138,6 +141,7 @@ def test_documented_command(words):
 def test_flags_in_the_docs_exist():
     classes = (
         CacheArguments,
+        CompareArguments,
         RunArguments,
         EvaluateArguments,
         FiguresArguments,

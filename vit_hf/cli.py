@@ -6,7 +6,11 @@ import sys
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
 COMMANDS = (
+<<<<<<< HEAD
     "models", "convert", "evaluate", "predict", "probe", "bench", "figures", "data", "report", "study",
+=======
+    "models", "convert", "evaluate", "compare", "predict", "probe", "figures", "data", "report", "study",
+>>>>>>> 1964cfb (vit-hf compare: two models on the same images)
     "verify", "lineage", "space",
 )  # fmt: skip
 USAGE = """usage: vit-hf COMMAND ...
@@ -15,6 +19,7 @@ commands:
   models [NAME]                        the presets: size, operations and memory of each; the shapes inside one
   convert SOURCE DIR [--to timm]       weights of timm or google-research (.npz) as a model folder, or a model as timm's
   evaluate MODEL --dataset_name NAME   accuracy and loss of a folder or Hub id, also under accelerate launch
+  compare A B [--dataset_name NAME]    two models on the same images: the difference, its interval, where they differ
   predict MODEL IMAGE|FOLDER|NAME ...  the classes of images: a table, a file, or copies sorted into folders
   probe MODEL --dataset_name NAME      few-shot regression, nearest neighbours and logistic regression on frozen features
   bench MODEL [MODEL ...]              latency, throughput and memory of presets, folders or Hub ids side by side

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tests.families import FAMILIES
 from tests.runs import DEMO_DEFAULTS, ROOT, in_process, launch, lines, python, trajectory, words
 from tests.test_streams import shard
+from vit_hf.evaluation.predictions import FILE, read_predictions
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +166,7 @@ def test_evaluate_counts_each_sample_once_on_two_processes(single, tmp_path):
         "digits",
         "--per_device_eval_batch_size",
         "64",
+        "--save_predictions",
     ]
     alone = python(*command, "--output_dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
@@ -174,6 +177,12 @@ def test_evaluate_counts_each_sample_once_on_two_processes(single, tmp_path):
     assert one["eval_accuracy"] == both["eval_accuracy"] and one["eval_accuracy_top5"] == both["eval_accuracy_top5"]
     assert one["eval_loss"] == pytest.approx(both["eval_loss"], rel=1e-6)
     assert "450" in alone.stdout and "eval_accuracy" in alone.stdout
+    kept = [read_predictions(tmp_path / name / FILE) for name in ("one", "two")]
+    for name in ("index", "labels", "top5"):
+        assert np.array_equal(*(getattr(predictions, name) for predictions in kept)), name
+    for name in ("probabilities", "loss", "brier"):
+        np.testing.assert_allclose(*(getattr(predictions, name) for predictions in kept), rtol=1e-4, atol=1e-6)
+    assert kept[0].index.tolist() == list(range(450)) and kept[0].source == kept[1].source
 
 
 @pytest.fixture

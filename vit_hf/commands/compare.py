@@ -1,0 +1,211 @@
+"""`vit-hf compare`: two models on the same images, with what chance alone would explain."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_hf.arguments import parse, pick
+from vit_hf.arguments.fields import DatasetArguments, LoadingArguments, PreprocessingArguments, WaitingArguments, flag
+from vit_hf.commands.evaluate_report import label_text, read_pictures, short, source_row
+from vit_hf.commands.given import GivenImages, open_images, open_model, set_settings
+from vit_hf.errors import ArgumentError, UserError
+
+SHOWN = 30  # images of the contact sheet
+THUMBNAIL = 96  # pixels a side, where no model says how large it takes them
+
+
+@dataclass
+class CompareArguments(WaitingArguments, PreprocessingArguments, LoadingArguments, DatasetArguments):
+    """Flags of `vit-hf compare`; the two models are positional."""
+
+    first: str = flag("", "Hub id or folder of a model; or a predictions.parquet, or a folder that has one")
+    second: str = flag("", "the other one")
+    trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
+    split_seed: int | None = flag(
+        None,
+        "which images are held out of a set without an evaluation split (default: the run's)",
+        low=0,
+        high=2**32 - 1,
+    )
+    output_dir: str | None = flag(None, "folder for comparison.json and comparison.png")
+
+
+def main(argv: list[str]) -> None:
+    """Compares two models on the same images: differences with paired intervals, McNemar's test, and the images that they
+    answer differently. With --dataset_name both are evaluated; a predictions.parquet, and without --dataset_name a folder
+    that has one, is read."""
+    names = ("first", "second")
+    args = parse(CompareArguments, argv, prog="vit-hf compare", description=main.__doc__, positional=names)
+    if args.output_dir is None:
+        raise ArgumentError("--output_dir is missing")
+    files = [saved_file(name, args.dataset_name) for name in (args.first, args.second)]
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UserError(f"--output_dir: {args.output_dir} is a file; name a folder")
+    from vit_hf.evaluation.intervals import compare
+    from vit_hf.evaluation.predictions import read_predictions
+    from vit_hf.training.accelerator import build_accelerator, end
+
+    accelerator = build_accelerator(args.ddp_timeout)
+    sides, images = [], None
+    for name, file in zip((args.first, args.second), files, strict=True):
+        predictions, opened = (read_predictions(file), None) if file else evaluated(name, args, accelerator)
+        sides.append(predictions)
+        images = images or opened
+    check_same(*sides, args.first, args.second)
+    if accelerator.is_main_process:
+        found = {"first": args.first, "second": args.second, "dataset_name": args.dataset_name} | compare(*sides)
+        write(Path(args.output_dir), sides, images or only_images(args, accelerator, sides[0]), found)
+    end(accelerator)
+
+
+def saved_file(name: str, dataset_name: str | None) -> Path | None:
+    """The file of predictions that a word of the command names; None: it is a model to be evaluated.
+
+    Raises:
+        UserError: neither predictions nor a set to evaluate on.
+    """
+    from vit_hf.evaluation.predictions import FILE
+
+    path = Path(name)
+    if path.suffix == ".parquet":
+        return path
+    if dataset_name is not None:
+        return None
+    if (path / FILE).is_file():
+        return path / FILE
+    raise UserError(
+        f"{name} holds no {FILE}: --dataset_name says on what it is to be evaluated; or write them by "
+        "`vit-hf evaluate --save_predictions`"
+    )
+
+
+def evaluated(name: str, args: CompareArguments, accelerator: Any) -> tuple[Any, GivenImages]:
+    """What a model answers to the images as it takes them."""
+    from vit_hf.commands.evaluate import predictions_of
+    from vit_hf.data.feed import LoadingSettings
+    from vit_hf.data.preprocessing import PreprocessingSettings
+
+    given = open_model(name, None, args.trust_remote_code)
+    inputs, loading = pick(PreprocessingSettings, args), pick(LoadingSettings, args)
+    images = open_images(given, accelerator, set_settings(args, name), inputs, loading)
+    accelerator.print(f"{name}: {images.preprocessing}")
+    predictions = predictions_of(given, images, accelerator)
+    images.report.collect()
+    return predictions, images
+
+
+def check_same(one: Any, two: Any, first: str, second: str) -> None:
+    """Raises UserError where two predictions are not of the same images with the same labels, one each."""
+    if one.labels.ndim == 2 or two.labels.ndim == 2:
+        raise UserError(
+            "images with several labels have no accuracy to compare; allowed are sets of one label an image"
+        )
+    if one.source and two.source and one.source != two.source:
+        raise UserError(
+            f"{first} was evaluated on {one.source!r}, {second} on {two.source!r}; evaluate both on one set"
+        )
+    if not np.array_equal(one.index, two.index):
+        raise UserError(
+            f"{first} was evaluated on {len(one)} images, {second} on {len(two)}"
+            + (" others" if len(one) == len(two) else "")
+            + "; evaluate both on one set"
+        )
+    differ = label_keys(one, two)[0] != label_keys(one, two)[1]
+    if differ.any():
+        place = int(np.argmax(differ))
+        raise UserError(
+            f"row {one.index[place]} is {one.name(one.labels[place])!r} for {first} and {two.name(two.labels[place])!r} "
+            f"for {second} (and {int(differ.sum()) - 1} more differ); evaluate both on one set"
+        )
+
+
+def label_keys(one: Any, two: Any, answers: bool = False) -> list[np.ndarray]:
+    """What stands for the labels (or the answers) of both, so that the same classes are the same: their numbers, or
+    their names, where the models number the classes differently."""
+    by_number = np.array_equal(one.labels, two.labels)
+    columns = [side.top5[:, 0] if answers else side.labels for side in (one, two)]
+    if by_number:
+        return columns
+    return [
+        np.array([side.name(number) for number in column]) for side, column in zip((one, two), columns, strict=True)
+    ]
+
+
+def only_images(args: CompareArguments, accelerator: Any, predictions: Any) -> Any:
+    """The images of the set, where no model was evaluated on it; None where no set is named.
+
+    Raises:
+        UserError: they are not those of the predictions.
+    """
+    if args.dataset_name is None:
+        return None
+    from types import SimpleNamespace
+
+    from vit_hf.data.preprocessing import Preprocessing
+    from vit_hf.data.sets.load import load_set
+    from vit_hf.data.sets.subset import identity_of
+
+    rows = load_set(set_settings(args, args.first)).rows("eval")
+    if predictions.source and identity_of(rows) != predictions.source:
+        raise UserError(
+            f"--dataset_name: {args.first} is of {predictions.source!r}, this set is {identity_of(rows)!r}; name that set, "
+            "or leave the flag out"
+        )
+    return SimpleNamespace(rows=rows, preprocessing=Preprocessing((THUMBNAIL, THUMBNAIL)))
+
+
+def write(folder: Path, sides: list[Any], images: Any, found: dict[str, Any]) -> None:
+    """The lines of the main process, comparison.json, and comparison.png where there are images that differ."""
+    from vit_hf.hub.export import write_json
+
+    one, two = sides
+    answers = label_keys(one, two, answers=True)
+    differ = np.flatnonzero(answers[0] != answers[1])
+    found |= {"source": one.source, "different_answers": len(differ)}
+    print(table(found))
+    folder.mkdir(parents=True, exist_ok=True)
+    if images is None:
+        print("note: no contact sheet is drawn: --dataset_name says where the images are")
+    elif len(differ):
+        gap = np.abs(one.loss - two.loss)[differ]
+        places = differ[np.argsort(-gap, kind="stable")][:SHOWN]
+        draw(folder / "comparison.png", sides, images, places, len(differ))
+        print(f"written to {folder / 'comparison.png'}")
+    write_json(found, folder / "comparison.json")
+    print(f"written to {folder / 'comparison.json'}")
+
+
+def table(found: dict[str, Any]) -> str:
+    """What is printed."""
+    lines = [f"A: {found['first']}", f"B: {found['second']}", f"{found['samples']} images, 95 % intervals of A - B"]
+    for name in ("accuracy", "loss", "brier"):
+        (a, b), (low, high) = found[name], found[f"{name}_difference_interval"]
+        lines.append(
+            f"{name:9} A {a:.4f}  B {b:.4f}  A - B {found[f'{name}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
+    lines.append(
+        f"right: both {found['both_right']}, only A {found['only_first_right']}, only B {found['only_second_right']}, "
+        f"none {found['none_right']}; different answers: {found['different_answers']}"
+    )
+    return "\n".join([*lines, f"McNemar's exact test: p = {found['mcnemar_p_value']:.4g}"])
+
+
+def draw(path: Path, sides: list[Any], images: Any, places: np.ndarray, of: int) -> None:
+    """The images at `places` as one picture: label, A's and B's answer above each."""
+    from vit_hf.analysis.judged import picture_sheet
+
+    one, two = sides
+    pixels, _, places = read_pictures(images, one.index, places)
+    if len(places) == 0:
+        return
+    titles = []
+    for place in places:
+        said = [f"{short(side.name(side.top5[place, 0]))} ({side.probabilities[place, 0]:.2f})" for side in sides]
+        label, row = short(label_text(one, place)), source_row(images, one.index[place])
+        titles.append(f"label {label}\nA: {said[0]}\nB: {said[1]}\nrow {row}")
+    heading = f"{len(places)} of {of} images with different answers: those whose losses differ most"
+    temporary = path.with_name(path.name + ".tmp")
+    picture_sheet(pixels, titles, heading).savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
