@@ -6,11 +6,7 @@ import sys
 from vit_hf.errors import ArgumentError, exit_with, nearest
 
 COMMANDS = (
-<<<<<<< HEAD
-    "models", "convert", "evaluate", "predict", "probe", "bench", "figures", "data", "report", "study",
-=======
-    "models", "convert", "evaluate", "compare", "predict", "probe", "figures", "data", "report", "study",
->>>>>>> 1964cfb (vit-hf compare: two models on the same images)
+    "models", "convert", "evaluate", "compare", "predict", "probe", "bench", "figures", "data", "report", "study",
     "verify", "lineage", "space",
 )  # fmt: skip
 USAGE = """usage: vit-hf COMMAND ...
