@@ -242,7 +242,7 @@ def test_real_labels_are_any_of_several_and_images_without_one_are_left_out(judg
 def test_what_was_evaluated_before_stays_in_the_list_until_the_weights_change(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
 
-    def result(name, accuracy):
+    def result(name, accuracy, samples=10):
         return {
             "dataset_name": name,
             "split": "test",

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         predictions = predictions_of(given, images, accelerator, among)
         counted = images.report.collect()
         if accelerator.is_main_process:
-            about = {"model": args.model} | about_set(one, images, among) | {"tta": args.tta}
+            about = {"model": args.model} | about_set(one, images, among, args.dataset_config_name) | {"tta": args.tta}
             about["preprocessing"] = str(images.preprocessing)
             results.append(write(args, folder_of(one, sets, folder), predictions, images, counted | about))
     if accelerator.is_main_process:

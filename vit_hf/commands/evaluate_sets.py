@@ -107,11 +107,13 @@ class Relabelled:
             yield batch | {"labels": several.to(device), "valid": valid}
 
 
-def about_set(one: Any, images: GivenImages, among: Any) -> dict[str, Any]:
-    """What is told of a set beside its metrics."""
+def about_set(one: Any, images: GivenImages, among: Any, config: str | None) -> dict[str, Any]:
+    """What is told of a set beside its metrics; `config` is --dataset_config_name."""
     about = {"dataset_name": one.name, "eval_split": images.splits.eval_split, "split": images.splits.eval_split}
-    if one.name != one.dataset_name:
-        about["hub_id"] = one.dataset_name
+    if one.benchmark is None:
+        about["dataset_config"] = config
+    else:
+        about["copy" if Path(one.dataset_name).exists() else "hub_id"] = one.dataset_name
     if among is not None:
         about["classes"] = len(among)
     return about | {"revision": revision_of(images.splits, one.dataset_name)}
@@ -146,7 +148,7 @@ def write_results(results: list[dict[str, Any]], folder: Path) -> Path:
 
 
 def _key(result: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(result.get(name)) for name in ("dataset_name", "split", "tta"))
+    return tuple(str(result.get(name)) for name in ("dataset_name", "dataset_config", "split", "eval_samples", "tta"))
 
 
 def _earlier(path: Path, model: str) -> list[dict[str, Any]]:

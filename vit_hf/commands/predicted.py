@@ -50,7 +50,7 @@ def image_files(words: Sequence[str]) -> list[str] | None:
             if not inside and len(words) == 1 and others:
                 return None
             found += inside
-            if others and inside:
+            if others and inside and os.environ.get("RANK", "0") == "0":
                 print(f"note: {others} files of {word} have no suffix of an image; they are left out", file=sys.stderr)
         elif path.is_file():
             found.append(str(path))

@@ -135,8 +135,10 @@ def all_evaluations(
     }  # fmt: skip
     found = [_evaluation(own, results)] if flags and results else []
     for one in later.get("sets") or ([later] if "eval_samples" in later else []):
+        if one.get("tta", "none") != "none":  # two passes: not what a reader takes for the model's number
+            continue
         of = {
-            "dataset_name": one.get("dataset_name"), "dataset_config": one.get("dataset_config"),
+            "dataset_name": one.get("dataset_name"), "hub_id": one.get("hub_id"), "dataset_config": one.get("dataset_config"),
             "split": one.get("split", one.get("eval_split")), "revision": one.get("revision"),
         }  # fmt: skip
         found.append(_evaluation(of, one))
@@ -154,7 +156,13 @@ def _evaluation(of: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     name = str(of["dataset_name"] or "")
     public = HUB_SETS.get(name, Path(name).name if Path(name).exists() or Path(name).is_absolute() else name)
     shown = Path(name).name
-    return {**of, "type": public, "dataset_name": shown, "images": known.get("samples", ""), "metrics": metrics}
+    return {
+        **of,
+        "type": of.get("hub_id") or public,
+        "dataset_name": shown,
+        "images": known.get("samples", ""),
+        "metrics": metrics,
+    }
 
 
 def _metadata(
