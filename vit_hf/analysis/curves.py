@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from vit_hf.evaluation.main_metric import MAIN_METRICS, main_metric
+
 Lines = list[dict[str, Any]]  # the lines of one run's metrics.jsonl
 
 LEGEND_INSIDE = 6  # with more runs, or with names longer than so many characters, the legend would cover the curves
@@ -157,14 +159,25 @@ def points(lines: Lines, panel: Panel) -> tuple[list[float], list[float]]:
 
 
 def drawable(runs: dict[str, Lines], panels: Iterable[Panel]) -> list[Panel]:
-    """The panels that at least one run has points for."""
-    return [panel for panel in panels if any(points(lines, panel)[0] for lines in runs.values())]
+    """The panels that at least one run has points for; those of accuracy once for each main metric that a run has."""
+    every = [one for panel in panels for one in _of_main_metrics(panel)]
+    return [panel for panel in every if any(points(lines, panel)[0] for lines in runs.values())]
+
+
+def _of_main_metrics(panel: Panel) -> list[Panel]:
+    """A panel of accuracy for each main metric; another one as it is."""
+    if panel.y not in MAIN_METRICS:
+        return [panel]
+    return [panel._replace(y=key, y_label=f"evaluation {title}") for key, title in MAIN_METRICS.items()]
 
 
 def missing_keys(lines: Lines, panels: Iterable[Panel]) -> list[str]:
     """The keys for want of which a run is left out of some panels, each once; [] where it is in all of them."""
+    main = next(filter(None, map(main_metric, lines)), None)
     missing = []
     for panel in panels:
+        if main is not None and panel.y in MAIN_METRICS:
+            panel = panel._replace(y=main)
         if not points(lines, panel)[0]:
             has_y = any(_is_number(line.get(panel.y)) for line in lines)
             missing.append(panel.x if has_y else panel.y)

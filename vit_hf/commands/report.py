@@ -7,6 +7,7 @@ from typing import Any
 
 from vit_hf.arguments import Parser
 from vit_hf.errors import ArgumentError, UserError
+from vit_hf.evaluation.main_metric import MAIN_METRICS, main_metric
 
 COLUMNS = [
     "run", "model", "parameters", "steps", "images seen", "accuracy", "95 % interval", "loss", "images/s", "wall time",
@@ -148,13 +149,15 @@ def row(name: str, lines: list[dict[str, Any]], extras: dict[str, Any]) -> list[
 
 def accuracy(lines: list[dict[str, Any]], steps: int) -> str:
     """The last one, with the number of images, and the step where the run has gone on since."""
-    evaluated = [line for line in lines if line.get("eval_accuracy") is not None]
+    evaluated = [line for line in lines if main_metric(line)]
     if not evaluated:
         return "-"
     line = evaluated[-1]
     details = [f"{line['eval_samples']:,} images"] if "eval_samples" in line else []
     details += [f"step {line['step']:,}"] if line["step"] != steps else []
-    return f"{line['eval_accuracy']:.4f}" + (f" ({', '.join(details)})" if details else "")
+    main = main_metric(line)
+    details = details if main == "eval_accuracy" else [MAIN_METRICS[main], *details]
+    return f"{line[main]:.4f}" + (f" ({', '.join(details)})" if details else "")
 
 
 def accuracy_interval(lines: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ import yaml
 
 from vit_hf.analysis.comparisons import accuracy_by_category, accuracy_by_cost, accuracy_by_row
 from vit_hf.analysis.document import Block, Heading, Picture, Table, write_document
+from vit_hf.evaluation.main_metric import MAIN_METRICS
 from vit_hf.models.summary import forward_flops
 from vit_hf.study.cost import family_config, measure_speed
 from vit_hf.study.plan import Cell, Study
@@ -163,8 +164,10 @@ def _not_run(study: Study, results: Results, failed: dict[Cell, str]) -> list[Bl
 
 
 def _cells(study: Study, results: Results) -> Table:
-    columns = ["cell", "seed", "eval_accuracy", "eval_loss", "eval_samples", "train_samples", "num_parameters"]
+    columns = ["cell", "seed", *MAIN_METRICS, "eval_loss", "eval_samples", "train_samples", "num_parameters"]
     columns += ["images_seen", "training_flops", "wall_time_seconds", "peak_memory_bytes"]
+    measured = {key for found in results.values() for result in found.values() for key in result}
+    columns = [column for column in columns if column not in MAIN_METRICS or column in measured]
     rows = []
     for cell in study.cells:
         result = results.get(cell.name, {}).get(cell.seed)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_hf.analysis.curves import learning_curves
+from vit_hf.evaluation.main_metric import MAIN_METRICS, main_metric
 from vit_hf.hub.card import write_card
 from vit_hf.training.checkpoint import model_on_host
 from vit_hf.training.model_folder import ModelFolder
@@ -44,8 +45,9 @@ def finish_run(
     results["wall_time_seconds"] = round(time.perf_counter() - start_time, 2)
     write_card(output_dir, name, results=results)
     write_json(results, output_dir / "all_results.json")  # last: its presence says that the folder is complete
+    main = main_metric(results)
     print(
-        f"done: accuracy {results['eval_accuracy']:.4f} on {results['eval_samples']} images "
+        f"done: {MAIN_METRICS[main]} {results[main]:.4f} on {results['eval_samples']} images "
         f"({resolved['eval_split']}); {output_dir}"
         + (f"; {counted['bad_images']} bad images skipped" if counted.get("bad_images") else "")
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from scipy import stats
 
+from vit_hf.evaluation.main_metric import main_metric
 from vit_hf.study.execute import is_finished
 from vit_hf.study.plan import Study
 from vit_hf.study.questions import Claim
@@ -59,8 +60,9 @@ def collect(study: Study) -> Results:
 
 
 def accuracies(results: Results, cell: str) -> list[float]:
-    """Of each seed."""
-    return [result["eval_accuracy"] for _, result in sorted(results.get(cell, {}).items())]
+    """Of each seed; of sets with several labels an image the mean average precision."""
+    found = [result for _, result in sorted(results.get(cell, {}).items())]
+    return [result[main_metric(result) or "eval_accuracy"] for result in found]
 
 
 def estimate(values: list[float]) -> Estimate | None:

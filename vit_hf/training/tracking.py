@@ -158,7 +158,7 @@ class Tracker:
         self._put(json.dumps(finite) + "\n")  # JSON knows no NaN
         numbers = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
         self._accelerator.log(numbers, step=line["step"])
-        shown = {"loss": "loss", "images_per_second": "img/s", "eval_accuracy": "acc"}
+        shown = {"loss": "loss", "images_per_second": "img/s", "eval_accuracy": "acc", "eval_map": "mAP"}
         self._postfix |= {short: f"{line[key]:.4g}" for key, short in shown.items() if key in line}
         self._bar.set_postfix(self._postfix)
         if self._tells_lines and (told := self._words(line)):
@@ -170,6 +170,7 @@ class Tracker:
         told = (
             ("loss", "loss {:.4g}"), ("learning_rate", "learning rate {:.3g}"), ("images_per_second", "{:,.0f} images/s"),
             ("eval_loss", "evaluation loss {:.4g}"), ("eval_accuracy", "evaluation accuracy {:.4f}"),
+            ("eval_map", "mean average precision {:.4f}"),
         )  # fmt: skip
         words = [text.format(line[key]) for key, text in told if isinstance(line.get(key), (int, float))]
         (first, total), step = self._steps, line["step"]
