@@ -135,9 +135,8 @@ def test_a_run_of_single_labels_by_sigmoid_learns_and_is_evaluated_by_the_same_l
                loss="sigmoid", max_steps=120, global_batch_size=32, learning_rate=1e-2, warmup_steps=10, logging_steps=10,
                max_eval_samples=64)  # fmt: skip
     course = [line["loss"] for line in lines(tmp_path)]
-    assert (
-        course[0] == pytest.approx(10, abs=0.5) and np.mean(course[-5:]) < 2.7
-    )  # 3.25 tells all classes apart by nothing
+    # who tells no class from another is at 3.25: 10 x the entropy of one in ten
+    assert course[0] > 8 and course[-1] < 2.8
     assert (
         AutoModelForImageClassification.from_pretrained(tmp_path).config.problem_type == "multi_label_classification"
     )
