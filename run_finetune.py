@@ -47,10 +47,10 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     # Whose folder it is, and where the run goes on from
     started, flags, run = time.perf_counter(), plain(args), identity(args)
     training.check_drawing(accelerator, args.log_figures_steps)
-    differences = functools.partial(changes, now=run, allowed=args.change)
-    folder = training.open_folder(accelerator, Path(args.output_dir), args.resume_from_checkpoint, differences)
+    differ = functools.partial(changes, now=run, allowed=args.change)
+    repository = hub.open_repository(accelerator, Path(args.output_dir), run, pick(hub.HubSettings, args))
+    folder = training.open_folder(accelerator, repository.folder, repository.resume_from, differ, repository.fetch)
     started -= folder.seconds
-    repository = hub.open_repository(accelerator, folder.path, pick(hub.HubSettings, args))
     if folder.finished:
         return repository
 
@@ -101,7 +101,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     # What falls due on the way, in the order in which it runs
     flops = models.training_flops(model.config)
     numbers = [data.StarvedNote.of(batches, processes, folder.record).numbers, report.numbers]
-    checkpoints = training.Checkpoints(state, files, folder.path, total_limit=args.save_total_limit,
+    checkpoints = training.Checkpoints(state, files, folder.path, total_limit=args.save_total_limit, whole=repository.whole,
                                        on_save_error=args.on_save_error, timeout_seconds=args.ddp_timeout)  # fmt: skip
     normalise = data.normaliser(preprocessing, accelerator.device)
     judging = pick(evaluation.JudgeSettings, args, class_names=splits.class_names, loss=objective.loss,
@@ -111,6 +111,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
         training.Log(schedule.cadence(args.logging_steps), numbers, training.mfu_scale(accelerator, flops)),
         training.Save(schedule.cadence(args.save_steps), checkpoints, record),
         training.Evaluate(schedule.cadence(args.eval_steps), evaluate),
+        training.Push(schedule.cadence(args.save_steps), repository.due, repository.leave),
     ]
     if args.probe_steps:
         few = data.few_shot(splits, preprocessing, processes, loading)

@@ -16,6 +16,7 @@ from vit_hf.commands.evaluate import EvaluateArguments
 from vit_hf.commands.figures import FiguresArguments
 from vit_hf.commands.predict import PredictArguments
 from vit_hf.commands.probe import ProbeArguments
+from vit_hf.commands.push import PushArguments
 from vit_hf.commands.study import chosen, parse_words
 from vit_hf.models.presets import preset_config
 from vit_hf.study.execute import Launcher
@@ -112,6 +113,8 @@ def test_documented_command(words):
         parse(CacheArguments, words[3:], prog="cache")
     elif words[:3] == ["vit-hf", "data", "bench"]:
         parse(RunArguments, words[3:], prog="bench")
+    elif words[:2] == ["vit-hf", "push"]:
+        assert parse(PushArguments, words[2:], prog="push", positional="folder").folder
     elif words[:2] == ["vit-hf", "report"]:
         assert len(words) > 2 and {word for word in words if word.startswith("--")} <= {"--output_dir"}
     elif words[:2] == ["vit-hf", "models"]:
@@ -147,6 +150,7 @@ def test_flags_in_the_docs_exist():
         FiguresArguments,
         PredictArguments,
         PrepareArguments,
+        PushArguments,
         ShowArguments,
     )
     classes += (BenchArguments, ProbeArguments)

@@ -7,7 +7,7 @@ from vit_hf.errors import ArgumentError, exit_with, nearest
 
 COMMANDS = (
     "models", "convert", "evaluate", "compare", "predict", "probe", "bench", "figures", "data", "report", "study",
-    "verify", "lineage", "space",
+    "verify", "lineage", "space", "push",
 )  # fmt: skip
 USAGE = """usage: vit-hf COMMAND ...
 
@@ -23,6 +23,7 @@ commands:
   data prepare | show | bench | cache  a smaller copy of a set; a picture of what training makes of it; how fast it comes;
                                        the sets that are kept decoded
   report RUN [RUN ...]                 runs side by side, finished or not: a table and their curves, as HTML and more
+  push FOLDER                          a run, a checkpoint or another model's folder to the Hub, later than its run
   study FILE                           a grid of runs that answers questions, and the report of what came of them
   verify RUN                           a run beside what its recipe promises; 1 where something is missed
   space MODEL --output_dir DIR         a page for the Hub that shows what the model answers and where it looks

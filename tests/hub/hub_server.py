@@ -8,8 +8,8 @@ that variable when they are imported, so a test runs its client code in a subpro
         subprocess.run([sys.executable, "script.py"], env=hub.env(home=tmp_path), check=True)
         assert hub.leaks("hf_test") == []
 
-All state is in memory. There are no branches other than "main", no pull requests, organizations or Xet storage:
-requests for those get an error. The rules of an uploaded `.gitignore` are not applied.
+All state is in memory. There are branches, but no pull requests, organizations or Xet storage: requests for those get an
+error. The Hub can be told to fail (`fail_commits`, `drop_lfs`) or to be slow (`slow`). The rules of an uploaded `.gitignore` are not applied.
 """
 
 import base64
@@ -33,13 +33,13 @@ DATE = "2024-01-01T00:00:00.000Z"
 
 # A repository id is "name" or "owner/name". The lazy second part lets an action after a short id win.
 _ID = r"([^/]+(?:/[^/]+)??)"
-_ACTIONS = "revision|tree|preupload|commit|resolve"
+_ACTIONS = "revision|tree|preupload|commit|resolve|branch"
 _REPO_URL = re.compile(
     rf"(?:/api/(model|dataset)s/|/(?!api/)(datasets/)?){_ID}(?:/({_ACTIONS})(/.*)?|\.git/info/lfs/objects/(batch))?"
 )
 _LFS_OBJECT_URL = re.compile(r"/lfs-storage/([0-9a-f]{64})")
 # Status 0: close the connection without an answer, as a broken network does.
-_FAILURES = {"forbidden": 403, "unavailable": 503, "drop": 0}
+_FAILURES = {"unauthorized": 401, "forbidden": 403, "missing": 404, "limited": 429, "unavailable": 503, "drop": 0}
 
 # One file of a commit that a client sent, also if the commit was refused. `data` is None for a deletion.
 Upload = namedtuple("Upload", "repo_type repo_id path data")
@@ -87,7 +87,7 @@ class Blob:
 
 
 class Repo:
-    """A model or dataset repository: who may read it, and its commits (hash -> all files), newest last."""
+    """A model or dataset repository: who may read it, its commits (hash -> all files), newest last, and its branches."""
 
     def __init__(self, repo_type: str, repo_id: str):
         self.type, self.id, self.private, self.gated = repo_type, repo_id, False, False
@@ -95,17 +95,22 @@ class Repo:
         self.readers = {self.owner}  # who has access if it is private or gated; a test may add names
         self.page = f"{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
         self.commits: dict[str, dict[str, Blob]] = {}
+        self.titles: dict[str, str] = {}  # of the commits that clients made
+        self.branches: dict[str, str] = {}
         self.commit({})
 
-    def commit(self, files: dict[str, Blob]) -> str:
+    def commit(self, files: dict[str, Blob], branch: str = "main", title: str | None = None) -> str:
         state = [(path, blob.etag) for path, blob in sorted(files.items())]
         oid = hashlib.sha1(repr((self.type, self.id, len(self.commits), state)).encode()).hexdigest()
         self.commits[oid] = files
+        self.branches[branch] = oid
+        if title is not None:
+            self.titles[oid] = title
         return oid
 
     def at(self, revision: str) -> tuple[str, dict[str, Blob]]:
-        """The commit hash and the files of a revision: "main" or the hash of a commit."""
-        oid = list(self.commits)[-1] if revision == "main" else revision
+        """The commit hash and the files of a revision: a branch or the hash of a commit."""
+        oid = self.branches.get(revision, revision)
         if oid not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid, dict(self.commits[oid])
@@ -142,6 +147,10 @@ class HubServer:
         self.lfs_objects: dict[str, bytes] = {}
         self._announced_lfs: set[str] = set()
         self._failure, self._fail_everything = None, False
+        self._failures_left: int | None = None
+        self._retry_after: str | None = None
+        self._lfs_drops = 0
+        self._slow_seconds, self._slow_path, self._closing = 0.0, "", threading.Event()
         self.before_commit = lambda: None  # a test may put something here that has to come first
         self._lock = threading.RLock()
 
@@ -155,6 +164,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -182,17 +192,29 @@ class HubServer:
             repo.commit({path: Blob(path, data) for path, data in files.items()})
             return repo
 
-    def files(self, repo_type: str, repo_id: str) -> dict[str, bytes]:
-        """All files of "main". A repository that a client created also has the `.gitattributes` file of the Hub."""
-        return {path: blob.data for path, blob in self.repos[repo_type, repo_id].at("main")[1].items()}
+    def files(self, repo_type: str, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """All files of a revision. A repository that a client created also has the `.gitattributes` file of the Hub."""
+        return {path: blob.data for path, blob in self.repos[repo_type, repo_id].at(revision)[1].items()}
 
-    def fail_commits(self, mode: str | None, everything: bool = False) -> None:
-        """From now on refuse each commit with 403 ("forbidden"), answer 503 ("unavailable"), or close the connection
-        without an answer ("drop"); None ends this. `everything` fails all requests, as an outage does: the clients
-        then repeat some requests for about 20 seconds."""
+    def fail_commits(
+        self, mode: str | None, everything: bool = False, times: int | None = None, retry_after: str | None = None
+    ) -> None:
+        """From now on, or so many times, refuse each commit with 401 ("unauthorized"), 403 ("forbidden"), 404 ("missing") or
+        429 ("limited"), answer 503 ("unavailable"), or close the connection without an answer ("drop"); None ends this.
+        `retry_after` is the header of that name. `everything` fails all requests, as an outage does: the clients then
+        repeat some requests for about 20 seconds."""
         if mode is not None and mode not in _FAILURES:
             raise ValueError(f"unknown mode: {mode!r}")
         self._failure, self._fail_everything = mode, everything
+        self._failures_left, self._retry_after = times, retry_after
+
+    def drop_lfs(self, times: int) -> None:
+        """Close the connection in the middle of so many uploads of LFS objects."""
+        self._lfs_drops = times
+
+    def slow(self, seconds: float, path: str = "") -> None:
+        """Answer each request whose path holds this text so many seconds later; at once when the server is closed."""
+        self._slow_seconds, self._slow_path = seconds, path
 
     def leaks(self, secret: str) -> list[str]:
         """Where a secret occurs in what clients sent, other than the Authorization header: one line per place."""
@@ -221,14 +243,20 @@ class HubServer:
 
     def _fail(self) -> None:
         """The failure that `fail_commits` asked for."""
-        if self._failure:
-            raise HubError(_FAILURES[self._failure], "The test Hub fails this request")
+        if not self._failure or self._failures_left == 0:
+            return
+        if self._failures_left is not None:
+            self._failures_left -= 1
+        headers = {"Retry-After": self._retry_after} if self._retry_after is not None else None
+        raise HubError(_FAILURES[self._failure], "The test Hub fails this request", headers=headers)
 
     # Answers. Each is a JSON value, or (status, headers, content) for the content of a file.
 
     def answer(self, call: Request):
         """The answer to one request; raises HubError."""
         path = urlsplit(call.path).path
+        if self._slow_seconds and self._slow_path in path:
+            self._closing.wait(self._slow_seconds)
         with self._lock:
             if self._fail_everything:
                 self._fail()
@@ -274,6 +302,14 @@ class HubServer:
         info = {"id": repo.id, "author": repo.owner, "sha": oid, "lastModified": DATE, "createdAt": DATE}
         info |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False}
         return info | {"downloads": 0, "likes": 0, "tags": [], "siblings": [{"rfilename": path} for path in files]}
+
+    def _branch(self, call: Request, repo: Repo, branch: str, _):
+        """Make a branch from another one."""
+        self._check_write(call, repo.owner)
+        if branch in repo.branches:
+            raise HubError(409, f"Reference already exists: {branch}")
+        repo.branches[branch] = repo.at(json.loads(call.body or b"{}").get("startingPoint", "main"))[0]
+        return {}
 
     def _tree(self, call: Request, repo: Repo, revision: str, folder: str):
         return repo.tree(revision, folder, "recursive=true" in call.path.lower())
@@ -322,6 +358,9 @@ class HubServer:
 
     def _lfs_put(self, call: Request, oid: str):
         """Store an LFS object. A client sends no token here: on the Hub this address is a signed one."""
+        if self._lfs_drops > 0:
+            self._lfs_drops -= 1
+            raise HubError(0, "dropped")
         if oid not in self._announced_lfs or hashlib.sha256(call.body).hexdigest() != oid:
             raise HubError(403, "This is not the content that was announced")
         self.lfs_objects[oid] = call.body
@@ -338,9 +377,9 @@ class HubServer:
         self.uploads += [Upload(repo.type, repo.id, path, data) for path, data in changes]
         self._fail()
         self._check_write(call, repo.owner)
-        if revision != "main" or "create_pr=" in call.path:
-            raise HubError(400, "The test Hub takes commits on main only")
-        parent, files = repo.at("main")
+        if revision not in repo.branches or "create_pr=" in call.path:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        parent, files = repo.at(revision)
         if header.get("parentCommit") not in (None, parent):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         for path, data in changes:
@@ -350,7 +389,7 @@ class HubServer:
                 raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
                 files = {name: blob for name, blob in files.items() if name not in gone}
-        oid = repo.commit(files)
+        oid = repo.commit(files, revision, header["summary"])
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repo.page}/commit/{oid}"}
 
     def _change(self, key: str, value: dict) -> tuple[str, bytes | None]:

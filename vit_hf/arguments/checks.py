@@ -31,6 +31,8 @@ def check(args: RunArguments) -> None:
     check_subset(args)
     check_augmentation(args)
     check_change(args.change)
+    if args.hub_strategy != "end" and not args.push_to_hub:
+        raise ArgumentError(f"--hub_strategy: {args.hub_strategy} does nothing without --push_to_hub")
     if args.change and args.resume_from_checkpoint == "none":
         raise ArgumentError(
             "--change: nothing is resumed with --resume_from_checkpoint none; leave one of the two out"

@@ -303,7 +303,11 @@ class CourseArguments:
         "a checkpoint that cannot be written, for a full disk say: a warning, and training goes on; or stop",
         same_run=True,
     )
-    resume_from_checkpoint: str = flag("auto", "auto, none, or the path of a checkpoint", same_run=True)
+    resume_from_checkpoint: str = flag(
+        "auto",
+        "auto, none, the path of a checkpoint, or hub: the one that --hub_strategy checkpoint keeps on the Hub",
+        same_run=True,
+    )
     change: tuple[str, ...] = flag(
         (),
         "flags of optimisation, augmentation or length, by comma, that may differ from those of the checkpoint, e.g. "
@@ -347,6 +351,13 @@ class HubArguments:
         None, "repository to push to (default: the name of the output folder)", same_run=True
     )
     hub_private_repo: bool = flag(False, "create the repository as private", same_run=True)
+    hub_revision: str | None = flag(None, "branch to push to and to resume from (default: main)", same_run=True)
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = flag(
+        "end",
+        "what is uploaded, in the background: the finished folder; the model at each checkpoint too; that and the whole "
+        "checkpoint, in last-checkpoint/",
+        same_run=True,
+    )
 
 
 @dataclass

@@ -1,129 +1,193 @@
-"""Uploads a finished folder to the Hub. Checkpoints, event logs and tokens never go along."""
+"""The repository of a run: who we are, what goes there on the way and at the end, and what is said when that fails."""
 
+import functools
 import shlex
 import sys
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import accelerate
-import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.utils import disable_progress_bars
 
-from vit_hf.arguments import without_paths
 from vit_hf.errors import UserError
-
-RUN_CONFIG = "run_config.yaml"
-# A list of what may go, so that nothing else in the folder ever does.
-UPLOADED = [
-    "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
-    "README.md", RUN_CONFIG, "metrics.jsonl", "all_results.json", "learning_curves.png", "*.py",
-]  # fmt: skip
+from vit_hf.hub.content import (
+    LAST,
+    MANIFEST,
+    commit_message,
+    folder_files,
+    newest_checkpoint,
+    run_files,
+    state_files,
+)
+from vit_hf.hub.fetch import fetch_checkpoint
+from vit_hf.hub.upload import Commit, Files, Patience, Target, Uploader, one_line, open_api
+from vit_hf.hub.uploads import Teller, Uploads
+from vit_hf.training.manifest import NAME, step_of
+from vit_hf.training.tracking import warn
 
 
 @dataclass(frozen=True)
 class HubSettings:
-    """Sharing the finished folder, as the flags of the same names say."""
+    """Sharing a run, as the flags of the same names say."""
 
     push_to_hub: bool = False
     dry_run: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = False
+    hub_revision: str | None = None
+    hub_strategy: str = "end"
+    resume_from_checkpoint: str = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Repository:
-    """Where a finished folder is uploaded to.
+    """Where a run is uploaded to, on the way and when it is finished.
 
     Args:
-        name: `user/name`; or that of the folder where nothing is uploaded.
+        name: `user/name`; or that of the folder where the Hub is not asked.
+        run: the identity of this start.
         wanted: on the main process, where it is asked for.
+        api: None where the Hub is not asked.
     """
 
     name: str
     folder: Path
-    wanted: bool
-    private: bool
+    run: dict[str, Any]
+    settings: HubSettings
+    wanted: bool = False
+    api: HfApi | None = None
+    patience: Patience = Patience()
+
+    @property
+    def resume_from(self) -> str:
+        return self.settings.resume_from_checkpoint
+
+    def fetch(self) -> str:
+        """Brings the checkpoint that the Hub holds into the folder; on the main process. Raises UserError."""
+        if self.settings.dry_run:
+            return f"dry run: what {self.name} holds is not downloaded"
+        return fetch_checkpoint(self.api, self.name, self.settings.hub_revision, self.folder, self.run)
+
+    def whole(self, checkpoint: Path) -> None:
+        """A checkpoint has its final name."""
+        self._uploads.whole(checkpoint)
+
+    def due(self, step: int) -> None:
+        """All that belongs to a step is done."""
+        self._uploads.due(step)
+
+    def leave(self) -> None:
+        """The run is over."""
+        self._uploads.leave()
 
     def push(self) -> None:
-        """Uploads the folder and says where it is. Raises UserError as `push`."""
+        """Uploads the finished folder and says where it is.
+
+        Raises:
+            UserError: the Hub refused, or was out of order for too long; names the command that uploads the folder later.
+        """
         if self.wanted:
-            print(f"pushed to {push(self.folder, self.name, self.private)}")
+            again = f"the same command uploads it and trains nothing; so does: hf auth login && {self._later()}"
+            print(f"pushed to {send_folder(self._uploader, self.folder, self._with_state, self.patience, again)}")
+
+    @property
+    def _with_state(self) -> bool:
+        return self.settings.hub_strategy == "checkpoint"
+
+    @functools.cached_property
+    def _uploads(self) -> Uploads:
+        on_the_way = self.wanted and self.settings.hub_strategy != "end"
+        return Uploads(self._uploader if on_the_way else None, self.folder, self._with_state)
+
+    @functools.cached_property
+    def _uploader(self) -> Uploader:
+        disable_progress_bars()
+        target = Target(self.name, self.settings.hub_private_repo, self.settings.hub_revision)
+        return Uploader(self.api, target, Teller(self.folder), self.patience)
+
+    def _later(self) -> str:
+        return push_command(self.folder, self.name, self.settings.hub_revision, self.settings.hub_private_repo,
+                            self.settings.hub_strategy)  # fmt: skip
 
 
-def open_repository(accelerator: accelerate.Accelerator, folder: Path, settings: HubSettings) -> Repository:
-    """Asks the Hub who we are, where something is to be uploaded; warns where it does not know us."""
-    wanted = settings.push_to_hub and not settings.dry_run and accelerator.is_main_process
-    name = folder.resolve().name
-    if wanted:
-        name, warning = find_repository(settings.hub_model_id, folder)
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
-    return Repository(name, folder, wanted, settings.hub_private_repo)
+def push_command(folder: Path, name: str, revision: str | None, private: bool, strategy: str) -> str:
+    """What uploads a folder later."""
+    options = f" --hub_revision {shlex.quote(revision)}" if revision else ""
+    options += " --private" if private else ""
+    options += " --hub_strategy checkpoint" if strategy == "checkpoint" else ""
+    return f"vit-hf push {shlex.quote(str(folder))} --hub_model_id {name}{options}"
 
 
-def find_repository(hub_model_id: str | None, output_dir: Path) -> tuple[str, str | None]:
+def send_folder(uploader: Uploader, folder: Path, with_state: bool, patience: Patience, later: str) -> str:
+    """Uploads a folder in one commit, after what is under way. Returns the repository's URL.
+
+    Args:
+        with_state: its newest checkpoint goes to last-checkpoint/.
+        later: how it is done later.
+
+    Raises:
+        UserError: it was not uploaded; or the folder holds no model.
+    """
+    why = None
+    folder_files(folder)
+    commit = Commit(None, lambda: folder_commit(folder, with_state), (LAST,) if with_state else (), last=True)
+    uploader.put(commit)
+    try:
+        if not uploader.wait(patience.end):
+            why = f"it was not finished after {patience.end:.0f} s"
+    except KeyboardInterrupt:
+        warn(f"the model is complete in {folder}, but not uploaded; {later}")
+        raise
+    why = why or uploader.why
+    if why:
+        raise UserError(f"the model is complete in {folder}, but the upload failed: {why}; {later}")
+    return uploader.url
+
+
+def folder_commit(folder: Path, with_state: bool) -> tuple[str, Files]:
+    """Message and files of a folder as it is: a finished run, a checkpoint, or another model."""
+    run, step, checkpoint = folder, None, newest_checkpoint(folder)
+    files = folder_files(folder)
+    if (folder / MANIFEST).exists() and NAME.fullmatch(folder.resolve().name):
+        run, step, checkpoint = folder.resolve().parent, step_of(folder.resolve()), folder
+        files |= run_files(run, step)
+    if with_state:
+        if checkpoint is None:
+            raise UserError(f"--hub_strategy checkpoint: {folder} holds no checkpoint; leave the flag out")
+        files |= state_files(checkpoint)
+    return commit_message(run, step), files
+
+
+def open_repository(
+    accelerator: accelerate.Accelerator, folder: Path, run: dict[str, Any], settings: HubSettings
+) -> Repository:
+    """Asks the Hub who we are, where something is to be uploaded or downloaded; warns where it does not know us.
+
+    Args:
+        run: the identity of this start, for a checkpoint that comes from the Hub.
+    """
+    main = accelerator.is_main_process and not settings.dry_run
+    wanted, name = settings.push_to_hub and main, settings.hub_model_id or folder.resolve().name
+    if not wanted and not (main and settings.resume_from_checkpoint == "hub"):
+        return Repository(name, folder, run, settings)
+    api = open_api()
+    name, warning = find_repository(api, name)
+    if warning and wanted:
+        print(f"warning: {warning}", file=sys.stderr)
+    return Repository(name, folder, run, settings, wanted, api)
+
+
+def find_repository(api: HfApi, name: str) -> tuple[str, str | None]:
     """Asks the Hub who we are, at the start of a run.
 
     Returns:
-        The repository's full name (`user/name`; without the user where the Hub does not tell), by default that of the
-        output folder; and a warning to show where the Hub does not know us: training goes on all the same.
+        The repository's full name (`user/name`; without the user where the Hub does not tell), and a warning to show where
+        the Hub does not know us: training goes on all the same.
     """
-    name = hub_model_id or output_dir.resolve().name
     try:
-        user = HfApi().whoami()["name"]
+        user = api.whoami()["name"]
         return (name if "/" in name else f"{user}/{name}"), None
-    except LocalTokenNotFoundError:
-        reason = "no token found"
     except Exception as error:  # whatever keeps us from the Hub now may be gone when the run ends
-        reason = _one_line(error)
-    return name, f"--push_to_hub: {reason}; training goes on, log in with `hf auth login` before it ends"
-
-
-def push(output_dir: Path, name: str, private: bool) -> str:
-    """Creates the repository where it does not exist and uploads the folder in one commit. Returns its URL.
-
-    Raises:
-        UserError: the Hub refused or could not be reached; names the command that uploads the folder later.
-    """
-    files = [path for path in sorted(output_dir.iterdir()) if path.is_file() and _goes_up(path.name)]
-    files += sorted((output_dir / "figures").glob("*.png"))
-    try:
-        api = HfApi()
-        name = api.create_repo(name, private=private or None, exist_ok=True).repo_id
-        commit = api.create_commit(
-            name,
-            operations=[CommitOperationAdd(path.relative_to(output_dir).as_posix(), _content(path)) for path in files],
-            commit_message="Upload the model trained with vit_hf",
-        )
-        return str(commit.repo_url)
-    except Exception as error:  # every fault of network and Hub ends alike: the folder stays, the user can repeat it
-        # not run_config.yaml: the folder's own has the paths of this machine
-        names = (path.relative_to(output_dir).as_posix() for path in files if path.name != RUN_CONFIG)
-        options = " ".join(f"--include {shlex.quote(name)}" for name in names)
-        options += " --private" if private else ""
-        raise UserError(
-            f"the model is complete in {output_dir}, but the upload failed: {_one_line(error)}; the same command uploads "
-            f"it and trains nothing; so does this, but for {RUN_CONFIG}, which holds local paths: hf auth login && "
-            f"hf upload {name} {shlex.quote(str(output_dir))} . {options}"
-        ) from None
-
-
-def _goes_up(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in UPLOADED)
-
-
-def _content(path: Path) -> Path | bytes:
-    """A file as it is uploaded: run_config.yaml without the paths of this machine."""
-    if path.name != RUN_CONFIG:
-        return path
-    flags = without_paths(yaml.safe_load(path.read_text()))
-    return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True).encode()
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return f"the Hub answered {error.response.status_code} {error.response.reason_phrase}"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+        return name, f"--push_to_hub: {one_line(error)}; training goes on, log in with `hf auth login` before it ends"

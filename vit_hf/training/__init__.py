@@ -8,7 +8,7 @@ __getattr__ = front(
     __name__,
     {
         "accelerator": "build_accelerator check_drawing end",
-        "actions": "Draw Evaluate Log LoopSettings Probe Save",
+        "actions": "Draw Evaluate Log LoopSettings Probe Push Save",
         "checkpoint": "Checkpoints",
         "fitting": "BatchSettings fit_batches",
         "folder": "begin open_folder record_of resume",

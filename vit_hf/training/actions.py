@@ -1,5 +1,5 @@
-"""What falls due in a run, one class each: log, save, evaluate, probe, draw. A run has one list of them, and at a step those that
-are due run in the order of the list. A new kind is one class here and one line where the list is made.
+"""What falls due in a run, one class each: log, save, evaluate, probe, push, draw. A run has one list of them, and at a
+step those that are due run in the order of the list. A new kind is one class here and one line where the list is made.
 
 This module must not know about data, models or the Hub: it is handed functions.
 """
@@ -255,6 +255,26 @@ class Probe(Evaluate):
     """Measures what the model's features are worth: as Evaluate, with numbers {"probe_...": number}."""
 
     kind = "probe_"
+
+
+class Push(Action):
+    """Says that all that belongs to a checkpoint's step is done, so that it may go elsewhere; it never waits.
+
+    Args:
+        due: called with the step, after an evaluation at that step.
+        leave: called when the run is over, however it ends.
+    """
+
+    on_stop = True
+
+    def __init__(self, cadence: Cadence, due: Callable[[int], None], leave: Callable[[], None]):
+        self.cadence, self.due, self.leave = cadence, due, leave
+
+    def run(self, moment: Moment) -> None:
+        self.due(moment.step)
+
+    def close(self) -> None:
+        self.leave()
 
 
 class Draw(Action):

@@ -20,6 +20,7 @@ import shutil
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Checkpoints:
         total_limit: how many are kept, None: all.
         on_save_error: warn (training goes on) or stop (`wait` raises).
         timeout_seconds: how long the main process waits for the files of the others.
+        whole: called with each checkpoint's folder by the main process's thread, before an older one is removed.
 
     Raises:
         UserError: a process does not see the output folder of the main process.
@@ -64,10 +66,11 @@ class Checkpoints:
         total_limit: int | None = None,
         on_save_error: str = "warn",
         timeout_seconds: float = 1800.0,
+        whole: Callable[[Path], None] = lambda folder: None,
     ):
         self._state, self._model_folder, self._output_dir = state, model_folder, output_dir
         self._total_limit, self._stops, self._timeout_seconds = total_limit, on_save_error == "stop", timeout_seconds
-        self._answers = Answers(state.accelerator)
+        self._answers, self._whole = Answers(state.accelerator), whole
         self._thread: threading.Thread | None = None
         self._step: int | None = None  # of the last save
         self._why: str | None = None  # it failed
@@ -191,6 +194,7 @@ class Checkpoints:
             move_aside(final)
         temporary.rename(final)
         sync_folder(self._output_dir)
+        self._whole(final)
         if self._total_limit is not None:
             try:
                 prune(self._output_dir, self._total_limit)

@@ -5,6 +5,7 @@ This module must not know the flags: it is handed the run's identity as plain va
 """
 
 import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,22 +74,33 @@ class Folder:
         return self.manifest.get("wall_time_seconds", 0.0)
 
 
-def open_folder(accelerator: accelerate.Accelerator, path: Path, resume_from: str, differences: Differences) -> Folder:
-    """Looks at an output folder and decides what this start does; changes nothing in it.
+def open_folder(
+    accelerator: accelerate.Accelerator,
+    path: Path,
+    resume_from: str,
+    differences: Differences,
+    fetch: Callable[[], str] | None = None,
+) -> Folder:
+    """Looks at an output folder and decides what this start does; changes nothing in it but by `fetch`.
 
     Args:
-        resume_from: auto, none, or the path of a checkpoint.
+        resume_from: auto, none, hub, or the path of a checkpoint.
         differences: between a run as it was saved and this one; raises UserError where they are not to be mixed.
+        fetch: for hub: brings a checkpoint of this run from elsewhere into the folder, and tells what it did; the main
+            process calls it.
 
     Raises:
         UserError: the folder holds another run or something else, a checkpoint asked for cannot be used, or a process does
             not see it.
     """
-    finished = functools.partial(_is_finished, path, resume_from, differences)
+    local = "auto" if resume_from == "hub" else resume_from
+    finished = functools.partial(_is_finished, path, local, differences)
     if main_process_first(accelerator, finished, f"looking at {path}"):
         accelerator.print(f"{path} holds this run, finished; nothing to do (a new run needs another --output_dir)")
         return Folder(path, finished=True)
-    found, read, passed_over = manifest.find_together(accelerator, path, resume_from)
+    if resume_from == "hub":
+        accelerator.print(main_process_first(accelerator, fetch, "downloading a checkpoint"))
+    found, read, passed_over = manifest.find_together(accelerator, path, local)
     changed = list(read.get("changed", []))
     if differ := differences(read["run"], folder=found) if found is not None else {}:
         flags = {name: list(pair) for name, pair in differ.items()}
@@ -127,6 +139,7 @@ def begin(accelerator: accelerate.Accelerator, folder: Folder, run_config: dict[
         temporary = folder.path / "run_config.yaml.tmp"
         temporary.write_text(yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True))
         temporary.replace(folder.path / "run_config.yaml")
+        _take_lines(folder)
         later = manifest.later_than(folder.path, folder.step) if folder.manifest else []
         reasons = {str(path): "later than the checkpoint asked for" for path in later} | folder.passed_over
         for path, reason in reasons.items():
@@ -134,6 +147,14 @@ def begin(accelerator: accelerate.Accelerator, folder: Folder, run_config: dict[
             print(f"passing over {path}: {reason}; moved to {aside.name}")
             append_event(folder.path, "checkpoint_passed_over", folder=path, reason=reason, moved_to=aside.name)
     accelerator.wait_for_everyone()
+
+
+def _take_lines(folder: Folder) -> None:
+    """The lines of the run so far, where a checkpoint that came from elsewhere brought them along."""
+    own = folder.path / "metrics.jsonl"
+    brought = folder.checkpoint / "metrics.jsonl" if folder.checkpoint is not None else own
+    if brought.exists() and not own.exists():
+        shutil.copyfile(brought, own)
 
 
 def record_of(

@@ -91,7 +91,7 @@ def find(output_dir: Path, resume_from: str) -> Found:
     if resume_from not in ("auto", "none"):
         if not Path(resume_from).is_dir():
             raise UserError(
-                f"--resume_from_checkpoint: {resume_from} is no folder; allowed are auto, none, and the path of a checkpoint"
+                f"--resume_from_checkpoint: {resume_from} is no folder; allowed are auto, none, hub, and the path of a checkpoint"
             )
         try:
             return Path(resume_from), read_manifest(Path(resume_from)), {}
