@@ -69,8 +69,7 @@ def finetune(args: RunArguments, accelerator: Any) -> Any:
     preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args))  # fmt: skip
 
     schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
-    batch_settings = pick(training.BatchSettings, args)
-    plan = training.fit_batches(accelerator, model, objective, preprocessing.image_size, batch_settings)
+    plan = training.fit_batches(accelerator, model, objective, preprocessing.image_size, pick(training.BatchSettings, args))  # fmt: skip
     resolved = hub.resolve(accelerator, splits, model, which, preprocessing, plan, schedule, folder.changed)
     accelerator.print(hub.describe(flags, resolved, plan, schedule))
     if args.dry_run:

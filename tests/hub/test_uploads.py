@@ -261,7 +261,7 @@ def test_a_model_alone_goes_without_its_state(hub, tmp_path):
     uploads.whole(model_folder(run / "checkpoint-10", 10))
     assert uploader.wait(5)
     assert set(hub.files("model", NAME)) - {".gitattributes"} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "run_config.yaml", "metrics.jsonl",
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "run_config.yaml", "metrics.jsonl",
     }  # fmt: skip
 
 
@@ -289,8 +289,9 @@ def test_a_stopped_run_waits_for_a_while_and_says_what_is_not_sent(hub, tmp_path
     reached, go_on = threading.Event(), threading.Event()
 
     def hold():
+        again = reached.is_set()
         reached.set()
-        if second:
+        if second and not again:
             os.kill(os.getpid(), 15)
         go_on.wait(20)
 
@@ -306,20 +307,21 @@ def test_a_stopped_run_waits_for_a_while_and_says_what_is_not_sent(hub, tmp_path
                 raise UserError("stopped by SIGTERM")
             finally:
                 if second:
-                    threading.Timer(0.2, uploads.due, [10]).start()
-                    uploader.wait = waiting_for(uploader.wait, reached)
+                    uploader.wait = waiting_for(uploader.wait, lambda: uploads.due(10), reached)
                 uploads.leave()
     finally:
         go_on.set()
+    assert uploader.wait(5), "nothing of it is left for the next test"
     assert time.monotonic() - start < 20
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "step 10" in warnings[0] and f"vit-hf push {run}" in warnings[0]
 
 
-def waiting_for(wait, reached):
-    """A `wait` that begins when the Hub has got the commit."""
+def waiting_for(wait, send, reached):
+    """A `wait` that sends first, and begins when the Hub has got the commit: the signal meets who listens."""
 
-    def later(seconds, enough):
+    def later(seconds, enough=lambda: False):
+        send()
         assert reached.wait(20)
         return wait(seconds, enough)
 
@@ -340,7 +342,9 @@ def test_only_what_may_go_goes(tmp_path):
     folder = model_folder(tmp_path / "model")
     for name in ("events.jsonl", ".env", "token", "optimizer.pt", "notes.txt", "config.json.tmp", "checkpoint-1.tmp"):
         (folder / name).write_text("secret")
-    assert set(folder_commit(folder, False)[1]) == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert set(folder_commit(folder, False)[1]) == {
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    }  # fmt: skip
 
 
 def test_no_line_holds_a_token(monkeypatch, hub):

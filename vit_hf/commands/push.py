@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
         print(f"{folder} has no finished model: {newest.name} is sent")
         folder = newest
     with_state = args.hub_strategy == "checkpoint"
-    message, files = folder_commit(folder, with_state)
     named = folder.resolve()
     name = args.hub_model_id or (named.parent if re.fullmatch(r"checkpoint-\d+", named.name) else named).name
+    message, files = folder_commit(folder, with_state, name)
     if args.dry_run:
         for path, content in files.items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size

@@ -156,7 +156,7 @@ def _evaluation(of: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     known = {key.lower().removeprefix("eval_"): value for key, value in results.items() if key.startswith("eval_")}
     metrics = {key: known[key] for key in METRICS if isinstance(known.get(key), (int, float))}
     name = str(of["dataset_name"] or "")
-    public = HUB_SETS.get(name, Path(name).name if Path(name).exists() or Path(name).is_absolute() else name)
+    public = HUB_SETS.get(name, Path(name).name if _is_local(name) else name)
     shown = Path(name).name
     return {
         **of,
@@ -172,8 +172,8 @@ def _metadata(
     evaluations: list[dict[str, Any]],
 ) -> ModelCardData:  # fmt: skip
     dataset, base = flags.get("dataset_name") or "", flags.get("model_name_or_path")
-    is_hub_set = dataset in HUB_SETS or ("/" in dataset and not Path(dataset).exists())
-    is_hub_model = base is not None and not Path(base).exists() and not (resolved.get("parent") or {}).get("sha256")
+    is_hub_set = dataset in HUB_SETS or ("/" in dataset and not _is_local(dataset))
+    is_hub_model = base is not None and not _is_local(base) and not (resolved.get("parent") or {}).get("sha256")
     kind = KINDS.get(_model_type(config), "")
     listed = [
         EvalResult(
@@ -197,6 +197,11 @@ def _metadata(
         eval_results=listed or None,
         **({"co2_eq_emissions": emissions} if emissions else {}),
     )
+
+
+def _is_local(name: str) -> bool:
+    """Whether it is a path of this machine, though it may be gone by now."""
+    return Path(name).exists() or Path(name).is_absolute()
 
 
 def _emissions(flags: dict[str, Any], resolved: dict[str, Any], results: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars
 
 from vit_hf.errors import UserError
+from vit_hf.hub.card import card_text
 from vit_hf.hub.content import (
     LAST,
     MANIFEST,
@@ -132,7 +133,9 @@ def send_folder(uploader: Uploader, folder: Path, with_state: bool, patience: Pa
     """
     why = None
     folder_files(folder)
-    commit = Commit(None, lambda: folder_commit(folder, with_state), (LAST,) if with_state else (), last=True)
+    commit = Commit(
+        None, lambda: folder_commit(folder, with_state, uploader.name), (LAST,) if with_state else (), last=True
+    )
     uploader.put(commit)
     try:
         if not uploader.wait(patience.end):
@@ -146,13 +149,25 @@ def send_folder(uploader: Uploader, folder: Path, with_state: bool, patience: Pa
     return uploader.url
 
 
-def folder_commit(folder: Path, with_state: bool) -> tuple[str, Files]:
-    """Message and files of a folder as it is: a finished run, a checkpoint, or another model."""
+def folder_commit(folder: Path, with_state: bool, name: str | None = None) -> tuple[str, Files]:
+    """Message and files of a folder as it is: a finished run, a checkpoint, or another model. One without a card gets it.
+
+    Args:
+        name: of the repository, for the card.
+
+    Raises:
+        UserError: the folder holds no model, or none of the checkpoints asked for.
+    """
     run, step, checkpoint = folder, None, newest_checkpoint(folder)
     files = folder_files(folder)
     if (folder / MANIFEST).exists() and NAME.fullmatch(folder.resolve().name):
         run, step, checkpoint = folder.resolve().parent, step_of(folder.resolve()), folder
         files |= run_files(run, step)
+    if "README.md" not in files:
+        try:
+            files["README.md"] = card_text(folder, name).encode()
+        except ValueError as error:
+            raise UserError(f"{folder / 'config.json'} is not JSON ({error})") from None
     if with_state:
         if checkpoint is None:
             raise UserError(f"--hub_strategy checkpoint: {folder} holds no checkpoint; leave the flag out")

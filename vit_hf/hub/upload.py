@@ -130,6 +130,7 @@ class Uploader:
         self._not_before = 0.0  # time.monotonic() of the next try
         self._hub_asked = False  # that time is the Hub's
         self._give_up_at = float("inf")
+        self.name = target.name
         self.url: str | None = None  # of the repository, when a commit was made
         self.why: str | None = None  # the last commit was not sent
         self._thread: threading.Thread | None = None

@@ -17,7 +17,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from vit_hf.errors import UserError
-from vit_hf.hub.content import LAST, MODEL, commit_message, goes_up, run_files, state_files
+from vit_hf.hub.card import card_text
+from vit_hf.hub.content import LAST, MANIFEST, MODEL, commit_message, goes_up, run_files, state_files
 from vit_hf.hub.upload import Commit, Files, Uploader
 from vit_hf.training.manifest import step_of
 from vit_hf.training.signals import SIGNALS
@@ -101,6 +102,7 @@ class Uploads:
     def _build(self, step: int, aside: Path) -> tuple[str, Files]:
         files: Files = {path.name: path for path in sorted(aside.iterdir()) if goes_up(path.name, MODEL)}
         files |= run_files(self._run, step)
+        files["README.md"] = card_text(aside, self._uploader.name, self._run).encode()
         if self._with_state:
             files |= state_files(aside)
         return commit_message(self._run, step), files
@@ -133,7 +135,7 @@ def _give_second_names(checkpoint: Path, aside: Path, all_files: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for path in checkpoint.iterdir():
-        if path.is_file() and (all_files or goes_up(path.name, MODEL)):
+        if path.is_file() and (all_files or goes_up(path.name, [*MODEL, MANIFEST])):
             try:
                 os.link(path, aside / path.name)
             except OSError:  # a disk without second names
