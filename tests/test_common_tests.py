@@ -49,7 +49,7 @@ def fetched():
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         name = f"transformers=={transformers.__version__}"
-        pip("download", "--no-binary", "transformers", "--no-deps", "--no-build-isolation", "--dest", scratch, name)
+        pip("download", "--no-binary", "transformers", "--no-deps", "--dest", scratch, name)
         whole = Path(scratch) / "whole"
         package = whole / "transformers_tests"
         package.mkdir(parents=True)

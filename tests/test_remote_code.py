@@ -21,7 +21,7 @@ NAMES = ["cat", "dog", "ship"]
 FRESH = """
 import json, sys
 import numpy as np, torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
 
 pixel_values, found = torch.from_numpy(np.load("pixel_values.npy")), {}
 for name in sys.argv[1:]:
@@ -35,6 +35,9 @@ for name in sys.argv[1:]:
         )
         encoder = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
         found[name]["tokens"] = encoder(pixel_values).last_hidden_state.tolist()
+        if config.model_type in ("resnet", "bit"):
+            backbone = AutoBackbone.from_pretrained(name, out_features=["stage2"]).eval()
+            found[name]["stage2"] = backbone(pixel_values).feature_maps[0].tolist()
 assert "vit_hf" not in sys.modules
 print("RESULT" + json.dumps(found))
 """
@@ -68,6 +71,7 @@ def test_every_family_is_pushed_and_loads_by_id_without_the_package(tmp_path):
         loaded = python("-c", FRESH, *models, env=environment | {"PYTHONPATH": ""}, cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
     found = json.loads(loaded.stdout.split("RESULT")[1])
+    assert [name for name in found if "stage2" in found[name]] == ["tester/resnet-18", "tester/bit-224"]  # as stock
     for name, model in models.items():
         config = model.config
         assert found[name]["model_type"] == (config.stock_type if config.is_stock else config.model_type)
@@ -77,6 +81,9 @@ def test_every_family_is_pushed_and_loads_by_id_without_the_package(tmp_path):
             torch.testing.assert_close(torch.tensor(found[name]["logits"]), expected.logits, rtol=1e-4, atol=1e-5)
             tokens = model.base_model(pixel_values).last_hidden_state
             torch.testing.assert_close(torch.tensor(found[name]["tokens"]), tokens, rtol=1e-4, atol=1e-5)
+            if "stage2" in found[name]:
+                maps = model.base_model(pixel_values, output_hidden_states=True).hidden_states[2]
+                torch.testing.assert_close(torch.tensor(found[name]["stage2"]), maps, rtol=1e-4, atol=1e-5)
             shown = torch.from_numpy(image).permute(2, 0, 1)[None] / 255 * 2 - 1
             scores = model(shown).logits.softmax(-1)[0].tolist()
         assert found[name]["scores"] == pytest.approx(dict(zip(NAMES, scores)), abs=1e-4)
