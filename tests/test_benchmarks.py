@@ -13,6 +13,7 @@ from PIL import Image
 
 from vit_hf.cli import dispatch
 from vit_hf.commands.evaluate_sets import write_results
+from vit_hf.commands.given import match_classes
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.sets.benchmarks import BENCHMARKS, eval_sets, imagenet_wnids, label_map
 from vit_hf.errors import ArgumentError, UserError
@@ -44,6 +45,12 @@ def test_folders_of_numbers_are_listed_as_texts_and_mapped_as_numbers():
     assert names[:3] == ["0", "1", "10"]
     found, among = label_map(names, model_names(), BENCHMARKS["imagenet-v2"])
     assert found == [int(name) for name in names] and among is None
+
+
+def test_a_plain_folder_of_numbered_classes_is_not_compared_by_its_order():
+    names = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
+    assert match_classes(names, model_names(range(12))) == [int(name) for name in names]
+    assert match_classes(names, list(map(str, range(12)))) == [int(name) for name in names]
 
 
 def test_classes_by_wordnet_id_and_the_part_that_a_model_chooses_among():

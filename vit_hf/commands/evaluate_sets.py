@@ -22,8 +22,6 @@ def chosen_sets(args: Any) -> list[Any]:
     Raises:
         ArgumentError: none, both flags, or a name that cannot be right.
     """
-    from vit_hf.data.sets.benchmarks import EvalSet, eval_sets
-
     if args.dataset_name is None and not args.eval_datasets:
         raise ArgumentError("--dataset_name is missing; --eval_datasets names several sets")
     if args.dataset_name is not None and args.eval_datasets:
@@ -31,6 +29,8 @@ def chosen_sets(args: Any) -> list[Any]:
             f"--dataset_name {args.dataset_name} and --eval_datasets {','.join(args.eval_datasets)} exclude each other: "
             "give one of them"
         )
+    from vit_hf.data.sets.benchmarks import EvalSet, eval_sets
+
     return [EvalSet(args.dataset_name, args.dataset_name)] if args.dataset_name else eval_sets(args.eval_datasets)
 
 
