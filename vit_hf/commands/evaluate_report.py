@@ -29,6 +29,8 @@ def write_report(folder: Path, predictions: Any, images: GivenImages, results: d
     if details.confusion_matrix is not None:
         blocks += [Heading("Confusions"), *confusions(predictions, details)]
         blocks += [Heading("Classes"), *classes(predictions, details)]
+    elif "average_precision" in results:
+        blocks += [Heading("Classes"), average_precisions(results["average_precision"])]
     blocks += [Heading("Worst errors"), *worst_errors(predictions, images)]
     write_document(folder, "report", f"Evaluation of {name}", blocks, formats=("html",))
     return folder / "report.html"
@@ -101,6 +103,18 @@ def classes(predictions: Any, details: Any) -> list[Any]:
     if len(known) > CLASSES:
         caption += f" These are {CLASSES} of {len(known)} classes."
     return [Table("evaluation_classes", caption, ["class", "images", "accuracy"], rows)]
+
+
+def average_precisions(each: dict[str, float | None]) -> Any:
+    """The average precision of each class of images with several labels, the worst first."""
+    from vit_hf.analysis.document import Table
+
+    known = sorted((value, name) for name, value in each.items() if value is not None)
+    caption = "Average precision of each class, the lowest first."
+    if len(known) > CLASSES:
+        caption += f" These are {CLASSES} of {len(known)} classes."
+    rows = [[name, f"{value:.4f}"] for value, name in known[:CLASSES]]
+    return Table("evaluation_classes", caption, ["class", "average precision"], rows)
 
 
 def worst_errors(predictions: Any, images: GivenImages) -> list[Any]:
