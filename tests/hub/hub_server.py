@@ -145,6 +145,7 @@ class HubServer:
         self.uploads: list[Upload] = []
         self.messages: list[str] = []  # titles and descriptions of all commits that clients sent
         self.lfs_objects: dict[str, bytes] = {}
+        self.spilled: list[tuple[str, str]] = []  # (token, where it was seen besides in the Authorization header)
         self._announced_lfs: set[str] = set()
         self._failure, self._fail_everything = None, False
         self._failures_left: int | None = None
@@ -223,6 +224,7 @@ class HubServer:
         places = [f"file {path}" for path, sent in uploads if wanted in sent]
         places += [f"LFS object {oid}" for oid, data in self.lfs_objects.items() if wanted in data]
         places += [f"commit message {message!r}" for message in self.messages if secret in message]
+        places += [place for token, place in self.spilled if token == secret]
         return places + [f"{request.method} {request.path}" for request in self.requests if secret in request.path]
 
     # Access rules
@@ -414,6 +416,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.hub.requests.append(call)
         # Read the body before any answer: what stays in a kept-alive connection is taken for the next request.
         call.body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        for token in self.server.hub.tokens:
+            others = [value for name, value in call.headers.items() if name != "authorization"]
+            if token.encode() in call.body or any(token in value for value in others):
+                self.server.hub.spilled.append((token, f"{call.method} {call.path} (headers or body)"))
         try:
             answer = self.server.hub.answer(call)
         except HubError as error:

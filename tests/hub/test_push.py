@@ -1,9 +1,12 @@
 """Push and load by id, with the real clients against a local Hub."""
 
+import hashlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import time
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.hub.hub_server import HubServer
-from tests.runs import DEMO_DEFAULTS, ROOT, launch, python, scripts_of, words
+from tests.runs import DEMO_DEFAULTS, ROOT, evaluation, launch, python, scripts_of, trajectory, words
 
 pytestmark = pytest.mark.slow
 TOKEN = "hf_secret_token_of_the_test"
@@ -122,6 +125,59 @@ def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(hub, tmp_path):
     assert (
         "exponential moving average" in card and "`ema_decay: 0.5`" in card and "those of the last step;" not in card
     )
+
+
+def test_a_run_goes_on_from_the_hub_on_another_machine(hub, tmp_path):
+    """Two processes; a Hub that answers 503 and 429, drops a connection and an upload; SIGTERM in the middle. What was done
+    by then is what a run without uploads does, and what comes from the Hub goes on with it: to the bit."""
+
+    def stop():
+        commits.append(1)
+        if len(commits) == 3 and 0 in scripts_of(folder):
+            os.kill(scripts_of(folder)[0], signal.SIGTERM)
+
+    commits, folder, alone, elsewhere = [], tmp_path / "tiny", tmp_path / "alone", tmp_path / "elsewhere"
+    hub.before_commit = stop
+    hub.fail_commits("limited", times=2, retry_after="0")
+    hub.drop_lfs(1)
+    flags = {
+        **DEMO_DEFAULTS,
+        "max_steps": 150,
+        "save_steps": 5,
+        "eval_steps": 50,
+        "ema_decay": 0.9,
+        "mixup_alpha": 0.2,
+    }
+    pushing = {**flags, "push_to_hub": "true", "hub_strategy": "checkpoint", "hub_model_id": "tiny"}
+    env = hub.env(token=TOKEN, home=tmp_path / "home")
+    stopped = launch("pretrain", "cpu_2proc", env=env, output_dir=folder, **pushing)
+    assert stopped.returncode == 1 and "stopped by SIGTERM" in stopped.stderr, stopped.stderr[-3000:]
+    hub.before_commit = lambda: None
+    kept = json.loads(hub.files("model", "tester/tiny")["last-checkpoint/manifest.json"])["step"]
+    assert 0 < kept < 150
+    resumed = launch("pretrain", "cpu_2proc", env=env, output_dir=elsewhere, resume_from_checkpoint="hub", **pushing)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"checkpoint-{kept} comes from tester/tiny" in resumed.stdout and "exactly" in resumed.stdout
+    assert launch("pretrain", "cpu_2proc", output_dir=alone, **flags).returncode == 0
+    assert trajectory(folder) == trajectory(alone)[: len(trajectory(folder))] and len(trajectory(folder)) >= kept
+    assert trajectory(elsewhere) == trajectory(alone) and evaluation(elsewhere) == evaluation(alone)
+    weights = (alone / "model.safetensors").read_bytes()
+    assert hub.files("model", "tester/tiny")["model.safetensors"] == weights
+
+    repo = hub.repos["model", "tester/tiny"]
+    for oid in repo.titles:  # each commit is whole
+        files = hub.files("model", "tester/tiny", oid)
+        manifest = json.loads(files["last-checkpoint/manifest.json"])
+        assert {name for name in files if name.startswith("last-checkpoint/")} == {
+            f"last-checkpoint/{name}" for name in [*manifest["files"], "manifest.json"]
+        }
+        assert all(hashlib.sha256(files[f"last-checkpoint/{name}"]).hexdigest() == one["sha256"]
+                   for name, one in manifest["files"].items())  # fmt: skip
+        assert files["last-checkpoint/model.safetensors"] == files["model.safetensors"]
+        assert not any(str(tmp_path).encode() in content for content in files.values())
+    assert hub.leaks(TOKEN) == [] and not any(TOKEN in done.stdout + done.stderr for done in (stopped, resumed))
+    written = [path for path in (*folder.rglob("*"), *elsewhere.rglob("*")) if path.is_file()]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
 def test_the_other_processes_end_before_the_upload(hub, tmp_path):
