@@ -22,7 +22,7 @@ from vit_hf.hub.space import GRADIO, PILLOW
 
 CHROME = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 SWITCHES = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update", "--window-size=1100,820")  # fmt: skip
+            "--disable-background-networking", "--disable-component-update", "--window-size=1000,880")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,34 @@ def main(argv: list[str]) -> None:
             preprocessing.image_processor().save_pretrained(args.directory)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:400]}") from None
+    describe_conversion(args.source, args.directory, sum(p.numel() for p in model.parameters()))
     if args.to == "timm" and model.config.layer_norm_eps != 1e-6:
         print(
             f"note: timm's norms have an eps of 1e-6, this model {model.config.layer_norm_eps:g}; logits differ by it"
         )
     kind = "timm" if args.to == "timm" else ("stock vit" if model.config.is_stock else model.config.model_type)
     print(f"{args.directory}: {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+def describe_conversion(source: Path, directory: Path, parameters: int) -> None:
+    """Writes conversion.json, what was converted and the hashes of both, and the card that tells it."""
+    from vit_hf import __version__
+    from vit_hf.hub.card import write_card
+    from vit_hf.hub.export import write_json
+    from vit_hf.hub.lineage import sha256_of
+
+    read = source / "model.safetensors" if source.is_dir() else source
+    written = directory / "model.safetensors"
+    formats = {".npz": "google-research/vision_transformer", ".safetensors": "timm"}
+    if source.is_dir():
+        is_timm = "architecture" in (source / "config.json").read_text()
+        formats[source.suffix] = (
+            "timm" if is_timm and "model_type" not in (source / "config.json").read_text() else "a model folder"
+        )
+    content = {
+        "source": source.resolve().name, "format": formats[source.suffix], "sha256": sha256_of(read) if read.is_file() else None,
+        "file": written.name, "file_sha256": sha256_of(written) if written.is_file() else None,
+        "parameters": parameters, "vit_hf": __version__,
+    }  # fmt: skip
+    write_json(content, directory / "conversion.json")
+    write_card(directory)

@@ -246,9 +246,10 @@ def _origin(
         what = f"A {kind}: {told}."
     text = ""
     if converted:
+        hashed = f"; SHA-256 `{converted['sha256']}`" if converted.get("sha256") else ""
         text = (
-            f"The weights are those of `{converted['source']}` ({converted['format']}; SHA-256 "
-            f"`{converted['sha256']}`), under other names and shapes; nothing was trained. SHA-256 of "
+            f"The weights are those of `{converted['source']}` ({converted['format']}{hashed}), under "
+            "other names and shapes; nothing was trained. SHA-256 of "
             f"{converted['file']} here: `{converted['file_sha256']}`. What its authors say of data, results and licence "
             "holds for it."
         )
@@ -265,7 +266,12 @@ def _use(name: str, config: dict[str, Any], flags: dict[str, Any]) -> dict[str, 
             value = str(public[key])
             words.append(f"--{key} " + (f'"{value}"' if " " in value else value))
     remote = ", trust_remote_code=True" if "auto_map" in config else ""
-    return {"where": where, "remote": remote, "evaluate": " ".join(words) if flags else ""}
+    return {
+        "where": where,
+        "timm": _model_type(config) == "timm",
+        "remote": remote,
+        "evaluate": " ".join(words) if flags else "",
+    }
 
 
 def _promises(expected: list[dict[str, Any]], verified: dict[str, Any]) -> list[dict[str, Any]]:

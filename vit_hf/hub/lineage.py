@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging
 
 from vit_hf.arguments import without_paths
 from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS, ImageSplits
@@ -137,7 +138,8 @@ def trace(model: str, revision: str | None = None) -> tuple[list[str], bool]:
             rest = [f"<- {line}" for line in _recorded_lines(recorded)]
             return [*lines, f"{prefix}{here['name']}{_pin(here)}: {note}; its child recorded:", *rest], True
         if told is None:
-            return [*lines, f"{prefix}{here['name']}{_pin(here)}: ends here, {note}"], bool(lines)
+            found = bool(lines) or "converted" in note
+            return [*lines, f"{prefix}{here['name']}{_pin(here)}: ends here, {note}"], found
         resolved = told.get("resolved") or {}
         lines.append(f"{prefix}{here['name']}{_pin(here)}{f' ({note})' if note else ''}")
         lines.append(f"   trained on {_data(data_of(told, resolved))}")
@@ -168,7 +170,11 @@ def _open(link: dict[str, Any]) -> tuple[str, dict[str, Any] | None, str]:
         told = _local_config(folder)
         key = str(folder.resolve())
         if told is None:
-            return key, None, f"the folder has no {RUN_CONFIG}"
+            made = _read(folder / "conversion.json")
+            what = (
+                f"it was converted from {made['source']} ({made['format']}, sha256 {made['sha256']})" if made else ""
+            )
+            return key, None, what or f"the folder has no {RUN_CONFIG}"
         note = ""
         if revision and revision.startswith("sha256:") and (folder / WEIGHTS).is_file():
             if sha256_of(folder / WEIGHTS) != revision.removeprefix("sha256:"):
@@ -178,6 +184,7 @@ def _open(link: dict[str, Any]) -> tuple[str, dict[str, Any] | None, str]:
     if (revision or "").startswith("sha256:") or name.startswith(("/", ".", "~")):
         return key, None, "the folder is not here"
     try:
+        logging.set_verbosity_error()  # of its retries; the reason that is left is told in a line of ours
         path = Path(hf_hub_download(name, RUN_CONFIG, revision=revision))
     except (
         Exception
@@ -243,6 +250,9 @@ def _data(data: dict[str, Any]) -> str:
         told += " (revision not recorded)"
     parts = [str(data["split"])] if data.get("split") else []
     parts += [f"{data['samples']} images"] if data.get("samples") else []
-    parts += [f"subset {data['subset_rule']}"] if data.get("subset_rule") else []
+    if rule := data.get("subset_rule"):
+        parts.append(
+            "subset " + (" ".join(f"{k}={v}" for k, v in rule.items()) if isinstance(rule, dict) else str(rule))
+        )
     parts += [f"sha256 {data['subset_hash']}"] if data.get("subset_hash") else []
     return ", ".join([told, *parts])

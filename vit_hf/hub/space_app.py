@@ -68,8 +68,9 @@ def classify(picture: Image.Image):
 examples = [[str(path)] for path in sorted((HERE / "examples").glob("*.png"))]
 demo = gr.Interface(
     classify,
-    gr.Image(type="pil", label="Picture"),
-    [gr.Label(num_top_classes=5, label="Top 5")] + ([gr.Image(label="Attention rollout")] if LOOKS else []),
+    gr.Image(type="pil", label="Picture", height=320, elem_classes="picture"),
+    [gr.Label(num_top_classes=5, label="Top 5")]
+    + ([gr.Image(label="Attention rollout", height=320)] if LOOKS else []),
     examples=examples or None,
     cache_examples=False,
     flagging_mode="never",
@@ -78,4 +79,6 @@ demo = gr.Interface(
 )
 
 if __name__ == "__main__":
-    demo.launch()
+    demo.launch(
+        css=".picture img { min-height: 220px; object-fit: contain; image-rendering: pixelated }"
+    )  # tiny pictures too

@@ -67,7 +67,7 @@ def compare(
         results: all_results.json. sets: what `vit-hf evaluate` measured, a dict a set.
     """
     row = promise.plain() | {"tolerance": promise.tolerance, "found": None}
-    if any(flags.get(name) != value for name, value in promise.flags):
+    if any(_text(flags.get(name)) != _text(value) for name, value in promise.flags):
         return row | {"status": "another run's"}
     places = [one for one in sets if promise.dataset_name in (None, one.get("dataset_name"))]
     if promise.dataset_name in (None, flags.get("dataset_name")):
@@ -110,3 +110,8 @@ def misses(verified: dict[str, Any]) -> str:
 
 def _sets(content: dict[str, Any]) -> list[dict[str, Any]]:
     return content.get("sets") or [content]
+
+
+def _text(value: Any) -> str | None:
+    """A flag's value, where 384 and "384" are the same."""
+    return None if value is None else str(value)
