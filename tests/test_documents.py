@@ -14,10 +14,13 @@ from vit_hf.commands.compare import CompareArguments
 from vit_hf.commands.data import CacheArguments, PrepareArguments, ShowArguments
 from vit_hf.commands.evaluate import EvaluateArguments
 from vit_hf.commands.figures import FiguresArguments
+from vit_hf.commands.lineage import LineageArguments
 from vit_hf.commands.predict import PredictArguments
 from vit_hf.commands.probe import ProbeArguments
 from vit_hf.commands.push import PushArguments
+from vit_hf.commands.space import SpaceArguments
 from vit_hf.commands.study import chosen, parse_words
+from vit_hf.commands.verify import VerifyArguments
 from vit_hf.models.presets import preset_config
 from vit_hf.study.execute import Launcher
 from vit_hf.study.plan import read_study
@@ -123,6 +126,11 @@ def test_documented_command(words):
         assert all(preset_config(name, changes) for name in words[2:3])
     elif words[:2] == ["vit-hf", "study"]:
         check_study(words[2:])
+    elif words[:2] in (["vit-hf", "lineage"], ["vit-hf", "verify"]):
+        cls, positional = (LineageArguments, "model") if words[1] == "lineage" else (VerifyArguments, "run")
+        parse(cls, words[2:], prog=words[1], positional=positional)
+    elif words[:2] == ["vit-hf", "space"]:
+        assert parse(SpaceArguments, words[2:], prog="space", positional="model").output_dir
     elif words[:2] == ["vit-hf", "convert"]:
         assert len(words) == 4 or words[4:] == ["--to", "timm"]
     else:
@@ -154,6 +162,7 @@ def test_flags_in_the_docs_exist():
         ShowArguments,
     )
     classes += (BenchArguments, ProbeArguments)
+    classes += (LineageArguments, SpaceArguments, VerifyArguments)
     known = {f"--{name}" for cls in classes for name in cls.__dataclass_fields__} | {"--config"}
     launcher = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip",
                 "--main_process_port", "--mixed_precision", "--index-url", "--shm-size", "--to", "--local-dir", "--output", "--stems", "--table", "--help", "--logdir", "--figures", "--include", "--quiet", "--only", "--jobs", "--devices", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue"}  # fmt: skip

@@ -64,7 +64,7 @@ def test_the_card_has_the_hub_s_metadata_and_what_a_reader_asks(runs):
     parent = (runs / "parent/README.md").read_text()
     assert "license" not in metadata_load(runs / "parent/README.md") and "co2_eq_emissions" not in parent
     resolved = yaml.safe_load((runs / "parent/run_config.yaml").read_text())["resolved"]
-    assert resolved["subset_hash"] in parent and "subset subset_fraction=0.5" in parent
+    assert resolved["subset_hash"] in parent and "subset fraction=0.5 seed=0, sha256 " in parent
 
 
 def test_lines_of_the_card_run(runs, tmp_path, monkeypatch, capsys):
@@ -164,7 +164,7 @@ def test_lineage_goes_back_to_the_data(runs, tmp_path, capsys):
     resolved = yaml.safe_load((runs / "child/run_config.yaml").read_text())["resolved"]
     assert resolved["parent_revision"] == "sha256:" + sha256_of(runs / "parent/model.safetensors")
     assert resolved["parent_revision"][:19] in shown and resolved["parent"]["data"]["subset_hash"] in shown
-    assert "subset_fraction" in shown and shown.strip().endswith("the chain ends here")
+    assert "subset fraction=0.5 seed=0" in shown and shown.strip().endswith("the chain ends here")
     shutil.copytree(runs / "child", tmp_path / "child", ignore=shutil.ignore_patterns("checkpoint-*"))
     told = yaml.safe_load((tmp_path / "child/run_config.yaml").read_text())
     told["model_name_or_path"] = str(tmp_path / "gone")

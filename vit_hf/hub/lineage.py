@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging
 
 from vit_hf.arguments import without_paths
-from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS, ImageSplits
+from vit_hf.data.sets.names import GENERATED_SETS, HUB_SETS, ImageSplits, resolve_name
 
 RUN_CONFIG, WEIGHTS = "run_config.yaml", "model.safetensors"
 LONGEST = 50  # links, so that a chain of copies that never ends does
@@ -81,13 +81,14 @@ def data_of(flags: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def dataset_revision(splits: ImageSplits) -> str | None:
-    """The commit of the Hub set that the images came from; None where the set does not tell."""
-    for split in (splits.train, splits.eval):
-        info = getattr(split, "info", None)
-        urls = list(getattr(info, "download_checksums", None) or [])
-        for url in [*urls, *map(str, getattr(split, "paths", []))]:
-            if found := re.search(r"hf://datasets/[^@\s]+@([0-9a-f]{40})/", url):
-                return found[1]
+    """The commit of the Hub that the images were loaded from, which is the name of their folder in the cache of `datasets`;
+    None where they do not come from there, and of a stream."""
+    for source in splits.sources.values():
+        if source.name[0] in GENERATED_SETS or (source.name[0] and resolve_name(source.name[0])[1]):
+            continue
+        names = [Path(file["filename"]).parent.name for file in source.images.cache_files]
+        if found := next((name for name in names if re.fullmatch("[0-9a-f]{40}", name)), None):
+            return found
     return None
 
 
