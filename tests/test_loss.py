@@ -128,7 +128,7 @@ def test_an_image_without_a_label_is_nothing_for_softmax():
 
 
 def test_a_run_of_single_labels_by_sigmoid_learns_and_is_evaluated_by_the_same_loss(tmp_path, capsys):
-    """Sigmoid from a head at -10, on the digits, as section 4.1 of the paper's code pretrains."""
+    """Sigmoid from a head at -10, on the digits."""
     from vit_hf.commands.evaluate import main as evaluate
 
     in_process("pretrain", output_dir=tmp_path, preset="vit-demo-patch8-32", config_overrides=TINY_RUN, dataset_name="digits",

@@ -14,6 +14,7 @@ from vit_hf.data.order import StepPlan
 from vit_hf.data.preprocessing import Preprocessing
 from vit_hf.data.processes import Processes
 from vit_hf.data.rows.table import TableRows
+from vit_hf.data.sets.draws import Draws
 from vit_hf.data.sets.load import load_image_splits
 from vit_hf.data.sets.subset import SubsetRule
 from vit_hf.errors import UserError
@@ -90,7 +91,10 @@ def test_a_fraction_is_one_of_all_images_and_the_same_in_any_order(folder, tmp_p
 def test_what_needs_one_label_an_image_is_refused_in_a_line(folder, tmp_path):
     with pytest.raises(UserError, match="--subset_per_class 2: needs one label an image"):
         load_image_splits(str(folder), cache_dir=str(tmp_path), subset=SubsetRule(per_class=2))
-    rows = load_image_splits(str(folder), cache_dir=str(tmp_path)).rows("train")
+    splits = load_image_splits(str(folder), cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match="--probe_steps: takes sets with one class an image"):
+        Draws(splits, "--probe_steps")
+    rows = splits.rows("train")
     with pytest.raises(UserError, match="--class_balanced true: needs one label an image"):
         train_batches(rows, Preprocessing((32, 32)), StepPlan(0, 0, 1, 1, 0, 8, 1),
                       Processes(torch.device("cpu")), LoadingSettings(class_balanced=True), Faults())  # fmt: skip

@@ -18,7 +18,7 @@ class Objective:
     Args:
         loss: softmax: cross-entropy over the classes. sigmoid: binary cross-entropy, summed over the classes.
 
-    Source: sigmoid: "Are we done with ImageNet?" (arXiv 2006.07159), section 5, and `sigmoid_xent` of big_vision's utils.py,
+    Source: sigmoid: "Are we done with ImageNet?" (arXiv 2006.07159), and `sigmoid_xent` of big_vision's utils.py,
     with which the ViT code pretrains.
     """
 

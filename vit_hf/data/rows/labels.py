@@ -18,6 +18,8 @@ class LabelLists:
         num_classes: K.
     """
 
+    ndim = 2  # as the labels at an index have
+
     def __init__(self, ends: np.ndarray, numbers: np.ndarray, num_classes: int):
         self.ends, self.numbers, self.num_classes = ends, numbers, num_classes
 
