@@ -9,7 +9,7 @@ from vit_hf.analysis.curves import legend_label
 
 
 def speed_by_cost(rows: list[dict[str, Any]]) -> Figure | None:
-    """Latency at batch 1 and best throughput over the operations of an image, a line a variant and a point a model; None
+    """Latency at batch 1 and best throughput over the operations of an image, a mark a variant; None
     where no model's operations are known."""
     drawn = [row for row in rows if row["failed"] is None and row["gflops"]]
     if not drawn:
@@ -23,8 +23,8 @@ def speed_by_cost(rows: list[dict[str, Any]]) -> Figure | None:
             [abs(row[f"latency_{name}_ms"] - row["latency_p50_ms"]) for row in points] for name in ("p50", "p95")
         )
         medians = [row["latency_p50_ms"] for row in points]
-        left.errorbar(costs, medians, [below, above], label=variant, marker=marker, capsize=3)
-        right.plot(costs, [row["images_per_second"] for row in points], label=variant, marker=marker)
+        left.errorbar(costs, medians, [below, above], label=variant, marker=marker, capsize=3, linestyle="none")
+        right.plot(costs, [row["images_per_second"] for row in points], label=variant, marker=marker, linestyle="none")
     left.set(ylabel="ms for one image, median and to the 95th percentile", yscale="log")
     right.set(ylabel="images/s at the best batch size", yscale="log")
     for axes in (left, right):
