@@ -236,6 +236,10 @@ def test_cifar10_by_its_short_name(hub, tmp_path):
     results = json.loads((tmp_path / "run/all_results.json").read_text())
     assert results["eval_samples"] == 4 and results["train_samples"] == 12
     card = (tmp_path / "run/README.md").read_text()
+    resolved = __import__("yaml").safe_load((tmp_path / "run/run_config.yaml").read_text())["resolved"]
+    assert (
+        len(resolved["dataset_revision"]) == 40 and resolved["dataset_revision"] in card
+    )  # of the evaluated split too
     assert "uoft-cs/cifar10" in card and "subset_hash" in card
 
 
