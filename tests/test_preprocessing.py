@@ -119,7 +119,7 @@ def test_all_four_paths_make_the_pixels_of_the_models_processor(tmp_path, monkey
         monkeypatch.setattr(
             vit_hf.analysis.gallery,
             "model_figures",
-            lambda model, images, how, drawn=drawn: (drawn.append(images), [])[1],
+            lambda model, images, *rest, drawn=drawn: (drawn.append(images), [])[1],
         )
         words = ["figures", str(folder), "--output_dir", str(tmp_path / f"drawn_{folder.name}"), "--images"]
         dispatch([*words, *map(str, files)])
