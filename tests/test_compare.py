@@ -138,7 +138,7 @@ CHANGED = {
     "fewer": (lambda kept: rows(kept, slice(1, None)), "evaluated on 101 images, .* on 100; evaluate both on one set"),
     "others": (lambda kept: dataclasses.replace(kept, index=kept.index + 1), "on 101 others; evaluate both"),
     "labels": (lambda kept: dataclasses.replace(kept, labels=(kept.labels + 1) % 10), r"row 0 is .* \(and 100 more differ"),
-    "several": (lambda kept: dataclasses.replace(kept, labels=np.eye(10, dtype=bool)[kept.labels]), "several labels"),
+    "several": (lambda kept: dataclasses.replace(kept, labels=np.eye(10, dtype=bool)[kept.labels]), "on one label an image, .* on 10 classes, several"),
 }  # fmt: skip
 
 

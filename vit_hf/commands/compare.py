@@ -1,5 +1,6 @@
 """`vit-hf compare`: two models on the same images, with what chance alone would explain."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from vit_hf.arguments import parse, pick
 from vit_hf.arguments.fields import DatasetArguments, LoadingArguments, PreprocessingArguments, WaitingArguments, flag
 from vit_hf.commands.evaluate_report import label_text, read_pictures, short, source_row
-from vit_hf.commands.given import GivenImages, open_images, open_model, set_settings
+from vit_hf.commands.given import GivenImages, open_images, open_model, set_settings, split_revision
 from vit_hf.errors import ArgumentError, UserError
 
 SHOWN = 30  # images of the contact sheet
@@ -20,7 +21,9 @@ THUMBNAIL = 96  # pixels a side, where no model says how large it takes them
 class CompareArguments(WaitingArguments, PreprocessingArguments, LoadingArguments, DatasetArguments):
     """Flags of `vit-hf compare`; the two models are positional."""
 
-    first: str = flag("", "Hub id or folder of a model; or a predictions.parquet, or a folder that has one")
+    first: str = flag(
+        "", "folder or Hub id (ID@REVISION) of a model; or a predictions.parquet, or a folder that has one"
+    )
     second: str = flag("", "the other one")
     trust_remote_code: bool = flag(False, "run model code that comes with a Hub repository")
     split_seed: int | None = flag(
@@ -53,6 +56,7 @@ def main(argv: list[str]) -> None:
         predictions, opened = (read_predictions(file), None) if file else evaluated(name, args, accelerator)
         sides.append(predictions)
         images = images or opened
+    sides[1] = numbered_alike(*sides)
     check_same(*sides, args.first, args.second)
     if accelerator.is_main_process:
         found = {"first": args.first, "second": args.second, "dataset_name": args.dataset_name} | compare(*sides)
@@ -87,21 +91,32 @@ def evaluated(name: str, args: CompareArguments, accelerator: Any) -> tuple[Any,
     from vit_hf.data.feed import LoadingSettings
     from vit_hf.data.preprocessing import PreprocessingSettings
 
-    given = open_model(name, None, args.trust_remote_code)
+    model, revision = split_revision(name)
+    given = open_model(model, revision, args.trust_remote_code)
     inputs, loading = pick(PreprocessingSettings, args), pick(LoadingSettings, args)
-    images = open_images(given, accelerator, set_settings(args, name), inputs, loading)
+    images = open_images(given, accelerator, set_settings(args, model), inputs, loading)
     accelerator.print(f"{name}: {images.preprocessing}")
     predictions = predictions_of(given, images, accelerator)
     images.report.collect()
     return predictions, images
 
 
+def numbered_alike(one: Any, two: Any) -> Any:
+    """The second of two predictions with lists of labels, its classes in the order of the first's, by their names; as it
+    is where one set of names is not the other's."""
+    if one.labels.ndim == 1 or two.labels.ndim == 1 or one.class_names == two.class_names:
+        return two
+    if sorted(one.class_names) != sorted(two.class_names) or len(set(one.class_names)) < len(one.class_names):
+        return two
+    order = np.array([two.class_names.index(name) for name in one.class_names])
+    return dataclasses.replace(
+        two, labels=two.labels[:, order], scores=two.scores[:, order], top5=np.argsort(order)[two.top5],
+        class_names=one.class_names,
+    )  # fmt: skip
+
+
 def check_same(one: Any, two: Any, first: str, second: str) -> None:
-    """Raises UserError where two predictions are not of the same images with the same labels, one each."""
-    if one.labels.ndim == 2 or two.labels.ndim == 2:
-        raise UserError(
-            "images with several labels have no accuracy to compare; allowed are sets of one label an image"
-        )
+    """Raises UserError where two predictions are not of the same images with the same labels."""
     if one.source and two.source and one.source != two.source:
         raise UserError(
             f"{first} was evaluated on {one.source!r}, {second} on {two.source!r}; evaluate both on one set"
@@ -112,11 +127,16 @@ def check_same(one: Any, two: Any, first: str, second: str) -> None:
             + (" others" if len(one) == len(two) else "")
             + "; evaluate both on one set"
         )
+    if one.labels.shape[1:] != two.labels.shape[1:]:
+        counts = [f"{side.labels.shape[1]} classes, several an image" if side.labels.ndim == 2 else "one label an image"
+                  for side in (one, two)]  # fmt: skip
+        raise UserError(f"{first} was evaluated on {counts[0]}, {second} on {counts[1]}; evaluate both on one set")
     differ = label_keys(one, two)[0] != label_keys(one, two)[1]
+    differ = differ.any(axis=1) if differ.ndim == 2 else differ
     if differ.any():
         place = int(np.argmax(differ))
         raise UserError(
-            f"row {one.index[place]} is {one.name(one.labels[place])!r} for {first} and {two.name(two.labels[place])!r} "
+            f"row {one.index[place]} is {label_text(one, place)!r} for {first} and {label_text(two, place)!r} "
             f"for {second} (and {int(differ.sum()) - 1} more differ); evaluate both on one set"
         )
 
@@ -124,7 +144,7 @@ def check_same(one: Any, two: Any, first: str, second: str) -> None:
 def label_keys(one: Any, two: Any, answers: bool = False) -> list[np.ndarray]:
     """What stands for the labels (or the answers) of both, so that the same classes are the same: their numbers, or
     their names, where the models number the classes differently."""
-    by_number = np.array_equal(one.labels, two.labels)
+    by_number = one.labels.ndim == 2 or np.array_equal(one.labels, two.labels)
     columns = [side.top5[:, 0] if answers else side.labels for side in (one, two)]
     if by_number:
         return columns
@@ -180,7 +200,7 @@ def write(folder: Path, sides: list[Any], images: Any, found: dict[str, Any]) ->
 def table(found: dict[str, Any]) -> str:
     """What is printed."""
     lines = [f"A: {found['first']}", f"B: {found['second']}", f"{found['samples']} images, 95 % intervals of A - B"]
-    for name in ("accuracy", "loss", "brier"):
+    for name in filter(found.__contains__, ("accuracy", "map", "loss", "brier")):
         (a, b), (low, high) = found[name], found[f"{name}_difference_interval"]
         lines.append(
             f"{name:9} A {a:.4f}  B {b:.4f}  A - B {found[f'{name}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"

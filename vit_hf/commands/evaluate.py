@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     """Evaluates a model on a split of a dataset; writes eval_results.json."""
     args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=main.__doc__, positional="model")
     sets = chosen_sets(args)
+    from vit_hf.hub.card import refresh_card
     from vit_hf.training.accelerator import build_accelerator, end
 
     accelerator = build_accelerator(args.ddp_timeout)
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> None:
         if len(results) > 1:
             print(table(results))
         print(f"written to {write_results(results, folder)}")
+        if folder == default and refresh_card(folder):
+            print(f"written to {folder / 'README.md'}, the model's card")
     end(accelerator)
 
 
@@ -98,17 +101,20 @@ def write(
 ) -> dict[str, Any]:
     """Files and lines of the main process for one set; its results."""
     from vit_hf.evaluation.evaluate import average_precisions, measure, measure_fully
-    from vit_hf.evaluation.intervals import intervals
+    from vit_hf.evaluation.intervals import intervals, more_intervals
     from vit_hf.evaluation.predictions import FILE, write_predictions
 
     folder.mkdir(parents=True, exist_ok=True)
-    more, details = measure_fully(predictions) if args.full else ({}, None)
-    results = measure(predictions, images.splits.multi_label) | more
-    if images.splits.multi_label:
+    multi_label = images.splits.multi_label
+    more, details = measure_fully(predictions, multi_label) if args.full else ({}, None)
+    results = measure(predictions, multi_label) | more
+    ends = intervals(predictions)
+    if args.full or multi_label:
+        ends |= more_intervals(predictions, multi_label)
+    if multi_label:
         each = average_precisions(predictions)["average_precision"]
         results["average_precision"] = {predictions.name(number): value for number, value in enumerate(each)}
-    ends = intervals(predictions).items()
-    results |= {name: pair for name, pair in ends if name.removesuffix("_interval") in results} | about
+    results |= {name: pair for name, pair in ends.items() if name.removesuffix("_interval") in results} | about
     print("\n".join(f"{key:31} {_show(value)}" for key, value in results.items()))
     if args.save_predictions:
         write_predictions(folder / FILE, predictions)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import pick
@@ -67,6 +68,12 @@ def open_model(model: str, revision: str | None, trust_remote_code: bool, need_h
         size = pair(fixed or (own.image_size if own else 224))
     names = tuple(loaded.config.id2label.values()) if need_head else None
     return GivenModel(model, loaded.eval(), own, size, names)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """MODEL@REVISION of the Hub as (model, revision), where a command takes several models; a folder may have an @."""
+    model, mark, revision = name.rpartition("@")
+    return (model, revision) if mark and not Path(name).exists() else (name, None)
 
 
 def with_tta(given: GivenModel, tta: str) -> GivenModel:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vit_hf.evaluation.gather import gather_in_order
+
 SURE = 0.5  # a class of several is told from this probability on
 
 
@@ -56,9 +58,5 @@ def best_classes(
         for name, column in (answers | {name: batch[name] for name in ("labels", "index", "valid")}).items():
             columns.setdefault(name, []).append(column)
         seen(len(batch["index"]))
-    joined = {name: torch.cat(parts).to(accelerator.device) for name, parts in columns.items()}
-    gathered = {name: accelerator.gather(column).cpu().numpy() for name, column in joined.items()}
-    counted = np.flatnonzero(gathered["valid"])
-    counted = counted[np.argsort(gathered["index"][counted], kind="stable")]
-    taken = {name: gathered[name][counted] for name in ("index", "labels", "classes", "probabilities")}
-    return Answers(**taken, sure=gathered["sure"][counted] if several else None)
+    taken = {name: column.cpu().numpy() for name, column in gather_in_order(columns, accelerator).items()}
+    return Answers(**{"sure": None} | taken)

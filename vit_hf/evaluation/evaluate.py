@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vit_hf.errors import UserError
+from vit_hf.evaluation.gather import gather_in_order
 from vit_hf.evaluation.predictions import FILE, Predictions, write_predictions
 
 METRICS = Path(__file__).parent / "metrics"
-COLUMNS = ("index", "labels", "top5", "probabilities", "loss", "brier", "scores")
 
 
 @torch.no_grad()
@@ -52,14 +52,9 @@ def predict(
         answers = answer(logits, batch["labels"], loss, chosen)
         for name, column in (answers | {name: batch[name] for name in ("index", "valid")}).items():
             columns.setdefault(name, []).append(column)
-    # one collective a column, after the last batch: no host sync between batches
-    joined = {name: torch.cat(parts).to(accelerator.device) for name, parts in columns.items()}
-    gathered = {name: accelerator.gather(column).cpu().numpy() for name, column in joined.items()}
-    counted = np.flatnonzero(gathered["valid"])
-    counted = counted[np.argsort(gathered["index"][counted], kind="stable")]
-    if len(counted) == 0:
+    taken = {name: column.cpu().numpy() for name, column in gather_in_order(columns, accelerator).items()}
+    if len(taken["index"]) == 0:
         raise UserError("no image of the evaluation split decodes; look at --eval_split and --on_bad_image")
-    taken = {name: gathered[name][counted] for name in COLUMNS if name in gathered}
     if taken["labels"].ndim == 2:
         taken["labels"] = taken["labels"] > 0
         if loss == "softmax" and not (labelled := taken["labels"].any(1)).all():
@@ -197,14 +192,14 @@ class Details:
     per_class_accuracy: Sequence[float | None] = ()
 
 
-def measure_fully(predictions: Predictions) -> tuple[dict[str, float], Details]:
-    """eval_expected_calibration_error and eval_brier, with one label an image eval_macro_f1 and
-    eval_mean_per_class_accuracy; and what they are computed from."""
+def measure_fully(predictions: Predictions, multi_label: bool = False) -> tuple[dict[str, float], Details]:
+    """eval_expected_calibration_error, with one label an image eval_macro_f1 and eval_mean_per_class_accuracy, and
+    eval_brier, but not where any of several labels is right: no probabilities are best there; and what they are computed
+    from. Arguments are those of `measure`."""
     bins = metric("expected_calibration_error", predictions.probabilities[:, 0], predictions.correct.astype(np.int64))
-    numbers = {
-        "eval_expected_calibration_error": bins["expected_calibration_error"],
-        "eval_brier": float(predictions.brier.astype(np.float64).mean()),
-    }
+    numbers = {"eval_expected_calibration_error": bins["expected_calibration_error"]}
+    if multi_label or predictions.labels.ndim == 1:
+        numbers["eval_brier"] = float(predictions.brier.astype(np.float64).mean())
     if predictions.labels.ndim == 2:
         return numbers, Details(bins)
     best, labels = predictions.top5[:, 0], predictions.labels

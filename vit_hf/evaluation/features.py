@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_hf.errors import UserError
+from vit_hf.evaluation.gather import gather_in_order
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,10 @@ def extract_features(
             columns["values"].append(heard.pop())
             for name in ("index", "labels", "valid"):
                 columns[name].append(batch[name])
-    # one collective a column, after the last batch: no host sync between batches
-    joined = {name: torch.cat(parts).to(accelerator.device) for name, parts in columns.items()}
-    gathered = {name: accelerator.gather(column) for name, column in joined.items()}
-    counted = gathered["valid"].nonzero()[:, 0]
-    if len(counted) == 0:
+    taken = gather_in_order(columns, accelerator)
+    if len(taken["index"]) == 0:
         raise UserError("no image decodes; look at --eval_split, --train_split and --on_bad_image")
-    counted = counted[torch.argsort(gathered["index"][counted])]
-    return Features(*(gathered[name][counted] for name in ("index", "values", "labels")))
+    return Features(**taken)
 
 
 @contextlib.contextmanager

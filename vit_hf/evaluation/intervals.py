@@ -4,32 +4,38 @@ The images are what is drawn at random: an interval says how far the number woul
 It knows nothing of another seed of training.
 """
 
+import statistics
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 
 from vit_hf.evaluation.predictions import Predictions
+from vit_hf.evaluation.weighted import (
+    Metric,
+    calibration_error,
+    class_metrics,
+    mean_average_precision,
+    several_metrics,
+)
 
 RESAMPLES = 2_000
 LEVEL = 0.95
-AT_ONCE = 4_000_000  # numbers that are drawn at once
+FEWER = 500  # of mean average precision, which takes a pass over all classes
 
 
-def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of bootstrap samples, each of N images drawn with replacement; the columns share the draws.
+def resampled(metric: Metric, count: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """What a metric says of bootstrap samples, each of `count` images drawn with replacement.
 
     Args:
-        values: (N, S), a number an image.
+        metric: of how often each image counts, int64 (count,): S values.
 
     Returns:
         float64 (resamples, S).
     """
-    rng, count = np.random.default_rng(seed), len(values)
-    means, step = [], max(1, AT_ONCE // (count * values.shape[1]))
-    for start in range(0, resamples, step):
-        drawn = rng.integers(0, count, (min(step, resamples - start), count), dtype=np.int32)
-        means.append(values[drawn].mean(axis=1))
-    return np.concatenate(means)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, count, count, dtype=np.int32) for _ in range(resamples))
+    return np.array([metric(np.bincount(drawn, minlength=count)) for drawn in draws])
 
 
 def mean_intervals(
@@ -48,25 +54,31 @@ def mean_intervals(
     skewness of the values over 6 sqrt(N).
     """
     values = np.asarray(values, dtype=np.float64)
-    means, spread = resampled_means(values, resamples, seed), values - values.mean(axis=0)
-    return [
-        _bca(means[:, column], values[:, column].mean(), spread[:, column], level) for column in range(values.shape[1])
-    ]
+    means = resampled(lambda counts: counts @ values / len(values), len(values), resamples, seed)
+    spread, found = values - values.mean(axis=0), []
+    for drawn, estimate, column in zip(means.T, values.mean(axis=0), spread.T, strict=True):
+        acceleration = (column**3).sum() / (6 * (column**2).sum() ** 1.5) if column.any() else 0.0
+        # rounding alone moves the mean of values that are all the same
+        found.append(bca(drawn, estimate, acceleration, level) if column.any() else [float(estimate)] * 2)
+    return found
 
 
-def _bca(means: np.ndarray, estimate: float, spread: np.ndarray, level: float) -> list[float]:
-    if not spread.any():
-        return [float(estimate)] * 2
-    normal, count = NormalDist(), len(means)
+def bca(drawn: np.ndarray, estimate: float, acceleration: float, level: float = LEVEL) -> list[float]:
+    """The bias-corrected and accelerated interval; without an acceleration the bias-corrected one.
+
+    Args:
+        drawn: float64 (resamples,), of bootstrap samples. estimate: of the images as they are.
+    """
+    normal, count = NormalDist(), len(drawn)
     # half of the ties: the mean of right and wrong answers takes few values
-    below = ((means < estimate).sum() + (means == estimate).sum() / 2) / count
-    bias = normal.inv_cdf(min(max(below, 0.5 / count), 1 - 0.5 / count))
-    acceleration = (spread**3).sum() / (6 * (spread**2).sum() ** 1.5)
+    ties = np.isclose(drawn, estimate, rtol=1e-12, atol=0)
+    below = ((drawn < estimate) & ~ties).sum() + ties.sum() / 2
+    bias = normal.inv_cdf(min(max(below / count, 0.5 / count), 1 - 0.5 / count))
     shares = []
     for share in ((1 - level) / 2, (1 + level) / 2):
         z = bias + normal.inv_cdf(share)
         shares.append(normal.cdf(bias + z / (1 - acceleration * z)))
-    return np.quantile(means, shares).tolist()
+    return np.quantile(drawn, shares).tolist()
 
 
 def share_interval(hits: np.ndarray, interval: list[float], level: float = LEVEL) -> list[float]:
@@ -97,6 +109,43 @@ def intervals(
     return {f"{name}_interval": interval for name, interval in found.items()}
 
 
+def more_intervals(predictions: Predictions, multi_label: bool = False, *, seed: int = 0) -> dict[str, list[float]]:
+    """{"eval_macro_f1_interval": [low, high], ...} of the numbers that are no means over images: with one label an image
+    eval_macro_f1, eval_mean_per_class_accuracy and eval_expected_calibration_error; of `multi_label` eval_map,
+    eval_f1_micro and eval_f1_macro.
+
+    The calibration error of a draw is larger than that of the images it is drawn from, as that is larger than the true one:
+    its interval is the basic one, twice the estimate less the quantiles, cut to [0, 1].
+
+    Source: Efron 1987, section 3 (bias-corrected); basic: Davison and Hinkley 1997, section 5.2.
+    """
+    found = {}
+    groups = [(calibration_error(predictions), ("eval_expected_calibration_error",), RESAMPLES)]
+    if multi_label:
+        groups.append((several_metrics(predictions), ("eval_map", "eval_f1_micro", "eval_f1_macro"), FEWER))
+    elif predictions.labels.ndim == 1:
+        groups.append((class_metrics(predictions), ("eval_macro_f1", "eval_mean_per_class_accuracy"), RESAMPLES))
+    for metric, names, resamples in groups:
+        drawn = resampled(metric, len(predictions), resamples, seed).T
+        estimates = metric(np.ones(len(predictions), dtype=np.int64))
+        for name, values, estimate in zip(names, drawn, estimates, strict=True):
+            if name == "eval_expected_calibration_error":
+                low, high = np.quantile(values, ((1 + LEVEL) / 2, (1 - LEVEL) / 2))
+                found[f"{name}_interval"] = np.clip((2 * estimate - low, 2 * estimate - high), 0, 1).tolist()
+            else:
+                found[f"{name}_interval"] = bca(values, estimate, 0.0)
+    return found
+
+
+def half_width(values: Sequence[float], level: float = LEVEL) -> float | None:
+    """Of the interval of a mean by Student's t, over seeds or draws; None of a single value."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
 def compare(
     one: Predictions, two: Predictions, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict:
@@ -104,8 +153,9 @@ def compare(
     test of the accuracies, and how often which was right.
 
     Returns:
-        {"accuracy": [one, two], "accuracy_difference", "accuracy_difference_interval", the same of loss and brier,
-        "mcnemar_p_value", "both_right", "only_first_right", "only_second_right", "none_right", "samples"}
+        {"accuracy": [one, two], "accuracy_difference", "accuracy_difference_interval", the same of loss and, with one label
+        an image, brier, else map; "mcnemar_p_value", "both_right", "only_first_right", "only_second_right", "none_right",
+        "samples"}. Of several labels any is right for the accuracy.
 
     Source: McNemar 1947; its exact form is the binomial test of those that only one has right. Paired bootstrap: the
     images are drawn, and with each both models' answers (Efron and Tibshirani 1993, chapter 8).
@@ -113,7 +163,9 @@ def compare(
     from scipy.stats import binomtest
 
     first, second = one.correct, two.correct
-    columns = {"accuracy": (first, second), "loss": (one.loss, two.loss), "brier": (one.brier, two.brier)}
+    columns = {"accuracy": (first, second), "loss": (one.loss, two.loss)}
+    if one.labels.ndim == 1:
+        columns["brier"] = (one.brier, two.brier)
     pairs = {name: [np.asarray(side, dtype=np.float64) for side in sides] for name, sides in columns.items()}
     differences = np.stack([a - b for a, b in pairs.values()], axis=1)
     found: dict = {"samples": len(one)}
@@ -122,8 +174,23 @@ def compare(
         found[name] = [float(a.mean()), float(b.mean())]
         found[f"{name}_difference"] = float(difference.mean())
         found[f"{name}_difference_interval"] = interval
+    if one.labels.ndim == 2:
+        found |= _compare_precision(one, two, level, min(resamples, FEWER), seed)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     decided = only_first + only_second
     found["mcnemar_p_value"] = float(binomtest(only_first, decided).pvalue) if decided else 1.0
     found |= {"both_right": int((first & second).sum()), "only_first_right": only_first}
     return found | {"only_second_right": only_second, "none_right": int((~first & ~second).sum())}
+
+
+def _compare_precision(one: Predictions, two: Predictions, level: float, resamples: int, seed: int) -> dict:
+    """Mean average precision as `compare` tells it; the interval is the bias-corrected one."""
+    sides = [mean_average_precision(side) for side in (one, two)]
+
+    def both(counts: np.ndarray) -> list[float]:
+        return [metric(counts)[0] for metric in sides]
+
+    values, drawn = both(np.ones(len(one), dtype=np.int64)), resampled(both, len(one), resamples, seed)
+    difference = values[0] - values[1]
+    interval = bca(drawn[:, 0] - drawn[:, 1], difference, 0.0, level)
+    return {"map": values, "map_difference": difference, "map_difference_interval": interval}

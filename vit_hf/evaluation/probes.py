@@ -4,7 +4,6 @@ They take float32 features (N, D) and labels int64 (N,) on one device and give p
 must not know of which set the features are.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +11,11 @@ import accelerate
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from vit_hf.evaluation.features import extract_features
+from vit_hf.evaluation.intervals import half_width
 
 L2 = 2.0**10  # big_vision, configs/common_fewshot.py
 BIAS = 100.0  # so large that it is hardly regularised: big_vision, fewshot_lsr.py
@@ -229,10 +228,8 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 def interval_over_draws(values: list[float]) -> tuple[float, float] | None:
     """95 % interval of the mean by Student's t, cut to [0, 1]; None of a single draw."""
-    if len(values) < 2:
-        return None
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return max(0.0, float(np.mean(values) - half)), min(1.0, float(np.mean(values) + half))
+    half = half_width(values)
+    return None if half is None else (max(0.0, float(np.mean(values)) - half), min(1.0, float(np.mean(values)) + half))
 
 
 def _deviation(values: list[float]) -> float:

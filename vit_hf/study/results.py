@@ -12,12 +12,12 @@ from typing import Any
 
 from scipy import stats
 
+from vit_hf.evaluation.intervals import LEVEL, half_width
 from vit_hf.evaluation.main_metric import main_metric
 from vit_hf.study.execute import is_finished
 from vit_hf.study.plan import Study
 from vit_hf.study.questions import Claim
 
-LEVEL = 0.95
 Results = dict[str, dict[int, dict[str, Any]]]  # {cell: {seed: all_results.json}}
 
 
@@ -70,12 +70,7 @@ def estimate(values: list[float]) -> Estimate | None:
     for all seeds, so the interval says nothing about other images."""
     if not values:
         return None
-    if len(values) == 1:
-        return Estimate(values[0], None, tuple(values))
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return Estimate(
-        statistics.fmean(values), float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error, tuple(values)
-    )
+    return Estimate(statistics.fmean(values), half_width(values, LEVEL), tuple(values))
 
 
 @dataclasses.dataclass(frozen=True)
