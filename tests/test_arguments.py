@@ -1,5 +1,7 @@
+import dataclasses
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from vit_hf.arguments import (
     plain,
     read_config,
 )
+from vit_hf.arguments.fields import flag
 from vit_hf.errors import ArgumentError
 
 
@@ -117,3 +120,19 @@ def test_data_flags_that_exclude_each_other(flags, said):
 def test_a_flag_that_would_do_nothing_is_refused(flags, said):
     with pytest.raises(ArgumentError, match=said):
         check_augmentation(RunArguments(**flags))
+
+
+def test_a_choice_that_may_be_left_out_is_checked_as_one(capsys):
+    @dataclasses.dataclass
+    class Choice:
+        """Choices."""
+
+        order: Literal["up", "down"] | None = flag(None, "which way")
+
+    assert parse(Choice, ["--order", "up"], prog="x").order == "up"
+    assert parse(Choice, [], prog="x").order is parse(Choice, ["--order", "none"], prog="x").order is None
+    with pytest.raises(ArgumentError, match="--order: 'left' is not one of up, down"):
+        parse(Choice, ["--order", "left"], prog="x")
+    with pytest.raises(SystemExit):
+        parse(Choice, ["--help"], prog="x")
+    assert "--order {up,down}" in capsys.readouterr().out

@@ -119,7 +119,7 @@ def convert(item: dataclasses.Field, given: Any) -> Any:
         ArgumentError: it is malformed or out of the field's range.
     """
     kind, default = item.metadata["kind"], default_of(item)
-    kinds = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
+    kinds = _kinds(item)
     optional = type(None) in kinds if kind is None else kind.plain(default) is None
     if given is None or (optional and given == "none" and (kind is not None or str not in kinds)):
         if optional:
@@ -138,6 +138,12 @@ def convert(item: dataclasses.Field, given: Any) -> Any:
             raise ArgumentError(f"--{item.name}: {given!r} is not one of {', '.join(typing.get_args(one))}")
         return given
     return _in_range(item, _plain_value(item.name, one, given))
+
+
+def _kinds(item: dataclasses.Field) -> tuple[Any, ...]:
+    """The types of a field's values. `Literal[...] | None` is typing's union, `int | None` Python's own."""
+    is_union = typing.get_origin(item.type) in (typing.Union, types.UnionType)
+    return typing.get_args(item.type) if is_union else (item.type,)
 
 
 def _plain_value(name: str, kind: type, given: Any) -> Any:
@@ -207,8 +213,7 @@ def _parser(cls: type, prog: str, description: str, positional: str | tuple[str,
     titles: dict[type, Any] = {}
     for item in dataclasses.fields(cls):
         if item.name in unnamed:
-            kinds = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else [item.type]
-            words = "+" if any(typing.get_origin(kind) is list for kind in kinds) else None
+            words = "+" if any(typing.get_origin(kind) is list for kind in _kinds(item)) else None
             parser.add_argument(item.name, nargs=words, help=item.metadata["help"])
             continue
         if item.metadata["file_only"]:
@@ -228,9 +233,9 @@ def _form(item: dataclasses.Field) -> tuple[str, dict[str, Any]]:
     """What stands for a flag's value in --help, and how many words argparse takes for it."""
     if item.metadata["kind"] is not None:
         return item.metadata["kind"].word, {}
-    kind = next(k for k in typing.get_args(item.type) or [item.type] if k is not type(None))
-    if isinstance(kind, str):
-        return "{" + ",".join(typing.get_args(item.type)) + "}", {}
+    kind = next(k for k in _kinds(item) if k is not type(None))
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}", {}
     if typing.get_origin(kind) is list:
         return "PATH", {"nargs": "+", "action": "extend"}
     return kind.__name__.upper(), {"nargs": "?", "const": "true"} if kind is bool else {}
