@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_hf import analysis, data, evaluation, hub, training
-from vit_hf.arguments import RunArguments, changes, check, identity, parse, pick, plain
+from vit_hf.arguments import RunArguments, check, differences, identity, parse, pick, plain
 from vit_hf.errors import exit_with, model_errors
 
 DEMO = Path(__file__).resolve().parent / "recipes/demo/pretrain_glyphs.yaml"
@@ -38,9 +38,8 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
     # Whose folder it is, and where the run goes on from
     started, flags, run = time.perf_counter(), plain(args), identity(args)
     training.check_drawing(accelerator, args.log_figures_steps)
-    differ = functools.partial(changes, now=run, allowed=args.change)
     repository = hub.open_repository(accelerator, Path(args.output_dir), run, pick(hub.HubSettings, args))
-    folder = training.open_folder(accelerator, repository.folder, repository.resume_from, differ, repository.fetch)
+    folder = training.open_folder(accelerator, repository.folder, repository.resume_from, differences(run, args.change), repository.fetch)  # fmt: skip
     started -= folder.seconds
     if folder.finished:
         return repository
@@ -56,8 +55,7 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
         training.freeze_parameters(model, args.freeze)
         objective = training.choose_objective(args.loss, splits.multi_label, model.config)
         own = data.own_preprocessing(args.model_name_or_path, args.revision, models.published_image_size(which))
-    sizes = functools.partial(data.sampled_sizes, rows, processes.main_first)
-    preprocessing = data.choose_preprocessing(model.config.image_size, own, sizes, pick(data.PreprocessingSettings, args))  # fmt: skip
+    preprocessing = data.fit_preprocessing(rows, processes, model.config.image_size, own, pick(data.PreprocessingSettings, args))  # fmt: skip
 
     schedule = training.make_schedule(len(rows), pick(training.ScheduleSettings, args), folder.step)
     plan = training.fit_batches(accelerator, model, objective, preprocessing.image_size, pick(training.BatchSettings, args))  # fmt: skip
@@ -75,14 +73,12 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
     state = training.prepare(accelerator, model, plan, optimizer=pick(training.OptimizerSettings, args),
                              max_grad_norm=args.max_grad_norm, ema_decay=args.ema_decay,
                              gradient_checkpointing=args.gradient_checkpointing, torch_compile=args.torch_compile)  # fmt: skip
-    record = training.record_of(state, folder, run, plan, schedule, args.torch_compile)
-    training.resume(state, files, folder, record, schedule)
+    record = training.resume(state, files, folder, run, plan, schedule, args.torch_compile)
 
     # Images to the device, and what is done to them there
     loading = pick(data.LoadingSettings, args)
     report = data.DataReport(accelerator, args.on_bad_image, folder.events(), folder.record)
-    steps = data.StepPlan(args.seed, folder.step, schedule.total_steps, processes.num_processes, processes.rank,
-                          plan.micro_batch_size, plan.accumulation)  # fmt: skip
+    steps = data.StepPlan.of(processes, args.seed, folder.step, schedule.total_steps, plan.micro_batch_size, plan.accumulation)  # fmt: skip
     batches, crop = data.train_batches(rows, preprocessing, steps, processes, loading, report.train)
     eval_batches = data.eval_batches(eval_rows, preprocessing, processes, loading, report.eval)
     augment = data.make_augment(pick(data.AugmentSettings, args), preprocessing, accelerator.device, seed=args.seed,

@@ -13,7 +13,7 @@ torch, transformers or more of vit_hf than its errors, so that `--help` and a wr
 
 from vit_hf.arguments.checks import check, check_augmentation, check_loading, check_one_model, check_subset
 from vit_hf.arguments.fields import RunArguments
-from vit_hf.arguments.identity import MENDABLE, changes, identity, saved_identity, without_paths
+from vit_hf.arguments.identity import MENDABLE, changes, differences, identity, saved_identity, without_paths
 from vit_hf.arguments.parser import Parser, parse, plain, read_config
 from vit_hf.arguments.pick import pick
 from vit_hf.arguments.values import RandAugment, RandomCrop
@@ -30,6 +30,7 @@ __all__ = [
     "check_loading",
     "check_one_model",
     "check_subset",
+    "differences",
     "identity",
     "parse",
     "pick",

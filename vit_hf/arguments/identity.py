@@ -1,8 +1,9 @@
 """What makes a run this run: which flags must be the same when it goes on, and which may change where they are named."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ def changes(
     if all(_may_change(name, *pair) for name, pair in refused.items()):
         way_out += f", or go on with the new values: --change {','.join([*allowed, *refused])}"
     raise UserError(f"{folder} belongs to another run ({'; '.join(told[:5])}); {way_out}")
+
+
+def differences(now: dict[str, Any], allowed: Collection[str]) -> Callable[..., dict[str, tuple[Any, Any]]]:
+    """`changes` from a run as it was saved to this start: called with `before` and `folder`."""
+    return functools.partial(changes, now=now, allowed=allowed)
 
 
 def _with_alternatives(name: str) -> set[str]:

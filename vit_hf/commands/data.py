@@ -179,16 +179,15 @@ def show_augmentation(args: Any, splits: Any, size: Any, own: Any = None, images
 
     from vit_hf.data.augment.pipeline import AugmentSettings, make_augment
     from vit_hf.data.batches import ImageBatches
-    from vit_hf.data.cache import sampled_sizes
-    from vit_hf.data.feed import LoadingSettings, open_batches
+    from vit_hf.data.feed import LoadingSettings, fit_preprocessing, open_batches
     from vit_hf.data.order import BatchIndices, epoch_order
-    from vit_hf.data.preprocessing import PreprocessingSettings, choose_preprocessing
+    from vit_hf.data.preprocessing import PreprocessingSettings
+    from vit_hf.data.processes import Processes
     from vit_hf.data.rows.parquet import ParquetRows
 
     rows, crop = splits.rows("train"), args.random_crop
-    sizes = functools.partial(sampled_sizes, rows)
-    preprocessing = choose_preprocessing(size, own, sizes, pick(PreprocessingSettings, args))
     device = torch.device("cpu")
+    preprocessing = fit_preprocessing(rows, Processes(device), size, own, pick(PreprocessingSettings, args))
     if isinstance(rows, ParquetRows):
         rows.held_rows = len(rows)  # the few that are shown are read once
     settings = pick(LoadingSettings, args, data_on_device="never")

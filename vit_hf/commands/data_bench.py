@@ -30,17 +30,15 @@ def bench(argv: list[str]) -> None:
     check_augmentation(args)
     check_loading(args)
     check_one_model(args)
-    import functools
 
     import torch
 
     from vit_hf.data.augment.pipeline import AugmentSettings, make_augment
-    from vit_hf.data.cache import sampled_sizes
     from vit_hf.data.faults import Faults
-    from vit_hf.data.feed import LoadingSettings, train_batches
+    from vit_hf.data.feed import LoadingSettings, fit_preprocessing, train_batches
     from vit_hf.data.machine import AT_HAND, PREFETCHED, usable_cores
     from vit_hf.data.order import StepPlan
-    from vit_hf.data.preprocessing import PreprocessingSettings, choose_preprocessing
+    from vit_hf.data.preprocessing import PreprocessingSettings
     from vit_hf.data.processes import Processes
     from vit_hf.data.sets.load import SetSettings, load_set
     from vit_hf.training.accelerator import keep_freed_memory
@@ -50,9 +48,8 @@ def bench(argv: list[str]) -> None:
     size, own = model_input(args)
     splits = load_set(pick(SetSettings, args, revision=None))  # args.revision is the model's
     rows = splits.rows("train")
-    sizes = functools.partial(sampled_sizes, rows)
-    preprocessing = choose_preprocessing(size, own, sizes, pick(PreprocessingSettings, args))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preprocessing = fit_preprocessing(rows, Processes(device), size, own, pick(PreprocessingSettings, args))
     asked = args.per_device_train_batch_size
     micro_batch = min(asked if isinstance(asked, int) else args.global_batch_size, MOST_IMAGES)
     endless = StepPlan(args.seed, 0, 1 << 40, num_processes=1, rank=0, micro_batch_size=micro_batch, accumulation=1)

@@ -4,7 +4,6 @@ Shared by the commands that judge and use models; each opens what it needs and n
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,16 +142,13 @@ def _as_input(
 ) -> GivenImages:
     """Rows as the batches that a model takes."""
     from vit_hf.data.augment.pipeline import normaliser
-    from vit_hf.data.cache import sampled_sizes
     from vit_hf.data.faults import DataReport
-    from vit_hf.data.feed import eval_batches
-    from vit_hf.data.preprocessing import choose_preprocessing
+    from vit_hf.data.feed import eval_batches, fit_preprocessing
     from vit_hf.data.processes import Processes
     from vit_hf.training.waiting import processes_of
 
     processes = Processes(**processes_of(accelerator))
-    sizes = functools.partial(sampled_sizes, rows, processes.main_first)
-    preprocessing = choose_preprocessing(given.size, given.own, sizes, inputs)
+    preprocessing = fit_preprocessing(rows, processes, given.size, given.own, inputs)
     report = DataReport(accelerator, loading.on_bad_image)
     batches = eval_batches(rows, preprocessing, processes, loading, report.eval, class_index=class_index, keep=False)
     normalise = normaliser(preprocessing, accelerator.device)

@@ -20,11 +20,10 @@ __getattr__ = front(
     __name__,
     {
         "augment.pipeline": "AugmentSettings make_augment normaliser",
-        "cache": "sampled_sizes",
         "faults": "DataReport",
-        "feed": "LoadingSettings eval_batches train_batches",
+        "feed": "LoadingSettings eval_batches fit_preprocessing train_batches",
         "order": "StepPlan",
-        "preprocessing": "PreprocessingSettings choose_preprocessing own_preprocessing",
+        "preprocessing": "PreprocessingSettings own_preprocessing",
         "processes": "Processes",
         "sets.draws": "few_shot",
         "sets.load": "SetSettings load_splits",

@@ -13,12 +13,12 @@ import torch
 
 from vit_hf.arguments import RandomCrop
 from vit_hf.data.batches import ImageBatches
-from vit_hf.data.cache import NotKept, decoded, worth_decoding
+from vit_hf.data.cache import NotKept, decoded, sampled_sizes, worth_decoding
 from vit_hf.data.device import DeviceBatches, promised_bytes
 from vit_hf.data.faults import Faults
 from vit_hf.data.machine import SHARED_MEMORY, processes_here, shared_memory_free, shared_memory_needed, usable_cores
 from vit_hf.data.order import EvalOrder, StepPlan, StreamOrder, TrainOrder, stream_shape
-from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.preprocessing import Preprocessing, PreprocessingSettings, choose_preprocessing
 from vit_hf.data.processes import Processes
 from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.labels import LabelLists
@@ -46,6 +46,19 @@ class LoadingSettings:
     class_balanced: bool = False
     per_device_eval_batch_size: int = 128
     random_crop: RandomCrop = RandomCrop()
+
+
+def fit_preprocessing(
+    rows: Rows,
+    processes: Processes,
+    image_size: int | list[int] | tuple[int, int],
+    own: Preprocessing | None,
+    settings: PreprocessingSettings,
+) -> Preprocessing:
+    """`choose_preprocessing`, by some images of a set where the images decide: the main process looks at them."""
+    return choose_preprocessing(
+        image_size, own, functools.partial(sampled_sizes, rows, processes.main_first), settings
+    )
 
 
 def workers_per_process(asked: int | None, num_processes: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vit_hf.data.processes import Processes
 from vit_hf.data.randomness import DISPLACE, mix_bits, sample_keys, uniform
 
 
@@ -72,6 +73,20 @@ class StepPlan:
     rank: int
     micro_batch_size: int
     accumulation: int
+
+    @classmethod
+    def of(
+        cls,
+        processes: Processes,
+        seed: int,
+        first_step: int,
+        total_steps: int,
+        micro_batch_size: int,
+        accumulation: int,
+    ) -> "StepPlan":
+        """That of this process."""
+        own = processes.num_processes, processes.rank
+        return cls(seed, first_step, total_steps, *own, micro_batch_size, accumulation)
 
     def __len__(self) -> int:
         """The number of micro-batches."""

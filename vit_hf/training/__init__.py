@@ -11,7 +11,7 @@ __getattr__ = front(
         "actions": "Draw Evaluate Log LoopSettings Probe Push Save",
         "checkpoint": "Checkpoints",
         "fitting": "BatchSettings fit_batches",
-        "folder": "begin open_folder record_of resume",
+        "folder": "begin open_folder resume",
         "freeze": "freeze_parameters",
         "loop": "train",
         "lost": "lost_process",

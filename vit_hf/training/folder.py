@@ -157,7 +157,7 @@ def _take_lines(folder: Folder) -> None:
         shutil.copyfile(brought, own)
 
 
-def record_of(
+def _record_of(
     state: TrainState, folder: Folder, run: dict[str, Any], plan: BatchPlan, schedule: Schedule, torch_compile: bool
 ) -> dict[str, Any]:
     """What each checkpoint's manifest says of the run: its identity, its length, what was changed, and what must be the
@@ -177,16 +177,29 @@ def record_of(
     return {"run": run, "total_steps": schedule.total_steps, "changed": folder.changed, "exactness": exactness}
 
 
-def resume(state: TrainState, files: ModelFolder, folder: Folder, record: dict[str, Any], schedule: Schedule) -> None:
+def resume(
+    state: TrainState,
+    files: ModelFolder,
+    folder: Folder,
+    run: dict[str, Any],
+    plan: BatchPlan,
+    schedule: Schedule,
+    torch_compile: bool,
+) -> dict[str, Any]:
     """Loads the checkpoint that the folder goes on from, where there is one, and says and records whether the run continues
-    to the bit.
+    to the bit. Returns what the manifests of this start's checkpoints say of the run.
 
     Args:
         files: what the model's folder holds.
-        record: of `record_of`.
+        run: its identity.
     """
-    if folder.checkpoint is None:
-        return
+    record = _record_of(state, folder, run, plan, schedule, torch_compile)
+    if folder.checkpoint is not None:
+        _go_on(state, files, folder, record, schedule)
+    return record
+
+
+def _go_on(state: TrainState, files: ModelFolder, folder: Folder, record: dict[str, Any], schedule: Schedule) -> None:
     checkpoint.load(state, files, folder.checkpoint, folder.manifest)
     then, now = folder.manifest["exactness"], record["exactness"]
     why = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
