@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from tests.runs import DEMO_DEFAULTS, in_process
 from vit_hf.cli import dispatch
+from vit_hf.commands.given import split_revision
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.predictions import FILE, read_predictions, write_predictions
 
@@ -171,3 +172,26 @@ def test_wrong_words_to_compare(models, tmp_path):
     ):
         with pytest.raises(error, match=message):
             dispatch(["compare", *map(str, words)])
+
+
+def test_a_revision_stands_behind_an_id(tmp_path):
+    (tmp_path / "run@home").mkdir()
+    assert split_revision("org/model@v1.0") == ("org/model", "v1.0")
+    assert split_revision("org/model") == ("org/model", None)
+    assert split_revision(str(tmp_path / "run@home")) == (str(tmp_path / "run@home"), None)
+
+
+def test_the_card_shows_what_was_measured_later(models, tmp_path):
+    """A run's card lists each set that the model was evaluated on; numbers that go elsewhere change no card."""
+    shutil.copytree(models / "short", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = (tmp_path / "run/README.md").read_text()
+    words = ["evaluate", str(tmp_path / "run"), "--dataset_name", "digits"]
+    dispatch([*words, "--output_dir", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "run/README.md").read_text() == before
+    dispatch(words)
+    after = (tmp_path / "run/README.md").read_text()
+    accuracy = json.loads((tmp_path / "run/eval_results.json").read_text())["eval_accuracy"]
+    assert f"{accuracy:.4f}" in after and f"{accuracy:.4f}" not in before and str(tmp_path) not in after
+    (tmp_path / "run/README.md").write_text(after + "\nBy hand.\n")
+    dispatch(words)
+    assert (tmp_path / "run/README.md").read_text() == after + "\nBy hand.\n"

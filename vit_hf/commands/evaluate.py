@@ -1,5 +1,6 @@
 """`vit-hf evaluate`: accuracy and loss of a model on a split of a set."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +116,7 @@ def write(
         each = average_precisions(predictions)["average_precision"]
         results["average_precision"] = {predictions.name(number): value for number, value in enumerate(each)}
     results |= {name: pair for name, pair in ends.items() if name.removesuffix("_interval") in results} | about
-    print("\n".join(f"{key:31} {_show(value)}" for key, value in results.items()))
+    print("\n".join(lines(results)))
     if args.save_predictions:
         write_predictions(folder / FILE, predictions)
         print(f"written to {folder / FILE}")
@@ -124,9 +125,15 @@ def write(
     return results
 
 
+def lines(results: dict[str, Any]) -> Iterator[str]:
+    """What is printed: a number and its 95 % interval in one line."""
+    for key, value in results.items():
+        ends = results.get(f"{key}_interval")
+        if not key.endswith("_interval"):
+            yield f"{key:31} {_show(value)}" + (f"  [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
+
+
 def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_show, value)) + "]"
     if isinstance(value, dict):  # of each class; all of them are in the file
         lowest = sorted((number, name) for name, number in value.items() if number is not None)[:3]
         return "lowest: " + ", ".join(f"{name} {number:.4f}" for number, name in lowest)

@@ -81,6 +81,15 @@ def bca(drawn: np.ndarray, estimate: float, acceleration: float, level: float = 
     return np.quantile(drawn, shares).tolist()
 
 
+def basic(drawn: np.ndarray, estimate: float, level: float = LEVEL) -> list[float]:
+    """The basic interval of a number in [0, 1]: twice the estimate less the quantiles. What a draw adds, it takes away.
+
+    Source: Davison and Hinkley 1997, "Bootstrap Methods and their Application", section 5.2.
+    """
+    quantiles = np.quantile(drawn, ((1 + level) / 2, (1 - level) / 2))
+    return np.clip(2 * estimate - quantiles, 0, 1).tolist()
+
+
 def share_interval(hits: np.ndarray, interval: list[float], level: float = LEVEL) -> list[float]:
     """The interval of a share. Where none or all of N images are hit, a bootstrap sees no spread: then the end inside
     is that of Clopper and Pearson.
@@ -115,9 +124,9 @@ def more_intervals(predictions: Predictions, multi_label: bool = False, *, seed:
     eval_f1_micro and eval_f1_macro.
 
     The calibration error of a draw is larger than that of the images it is drawn from, as that is larger than the true one:
-    its interval is the basic one, twice the estimate less the quantiles, cut to [0, 1].
+    its interval is the basic one. The others are bias-corrected.
 
-    Source: Efron 1987, section 3 (bias-corrected); basic: Davison and Hinkley 1997, section 5.2.
+    Source: Efron 1987, section 3.
     """
     found = {}
     groups = [(calibration_error(predictions), ("eval_expected_calibration_error",), RESAMPLES)]
@@ -130,8 +139,7 @@ def more_intervals(predictions: Predictions, multi_label: bool = False, *, seed:
         estimates = metric(np.ones(len(predictions), dtype=np.int64))
         for name, values, estimate in zip(names, drawn, estimates, strict=True):
             if name == "eval_expected_calibration_error":
-                low, high = np.quantile(values, ((1 + LEVEL) / 2, (1 - LEVEL) / 2))
-                found[f"{name}_interval"] = np.clip((2 * estimate - low, 2 * estimate - high), 0, 1).tolist()
+                found[f"{name}_interval"] = basic(values, estimate)
             else:
                 found[f"{name}_interval"] = bca(values, estimate, 0.0)
     return found
