@@ -222,6 +222,13 @@ def test_the_study_pages_have_the_same_commands_and_the_example_is_a_study(tmp_p
     assert len(study.cells) == 15 and len(study.questions[0].tests) == 3
 
 
+def test_what_the_demo_recipes_promise_stands_in_the_readme():
+    for recipe in ROOT.glob("recipes/demo/*.yaml"):
+        for entry in yaml.safe_load(recipe.read_text()).get("expected", []):
+            for page in ("README.md", "README.zh-CN.md"):
+                assert f"{entry['value']:.4f}" in (ROOT / page).read_text(), f"{page}: {recipe.name}"
+
+
 def test_numbers_of_the_study_are_those_of_its_report():
     """Each `mean ± interval` of the pages stands in the committed report, and each count of verdicts in English."""
     report = (ROOT / "studies/results/paper_on_digits/report.md").read_text()
