@@ -5,7 +5,6 @@ tests/common_models.py says which models, and which tests have another form; it 
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tarfile
@@ -16,10 +15,10 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.downloads import once
 from tests.runs import ROOT, python
 
 pytestmark = pytest.mark.slow
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vit_hf" / "tests"
 VITS = ["Stock", "MeanSincos", "Registers", "Relative", "Map", "Conv", "Hybrid"]
 FAMILIES = [*VITS, "ResNetCifar", "Bit"]
 # imported by the tests for exporters and for models that generate text; their files are not in the source package
@@ -43,16 +42,16 @@ def pip(*words):
 @pytest.fixture(scope="module")
 def fetched():
     """A folder with the tests of the installed transformers as the package `transformers_tests`."""
-    folder = CACHE / f"transformers-{transformers.__version__}"
-    if folder.is_dir():
-        return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+    return once(f"transformers-{transformers.__version__}", fetch)
+
+
+def fetch(whole):
+    """The tests out of the source package, and the stand-ins."""
+    with tempfile.TemporaryDirectory() as scratch:
         name = f"transformers=={transformers.__version__}"
         pip("download", "--no-binary", "transformers", "--no-deps", "--dest", scratch, name)
-        whole = Path(scratch) / "whole"
         package = whole / "transformers_tests"
-        package.mkdir(parents=True)
+        package.mkdir()
         (archive,) = Path(scratch).glob("transformers-*.tar.gz")
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -65,8 +64,6 @@ def fetched():
         (package / "__init__.py").touch()
         if importlib.util.find_spec("parameterized") is None:
             pip("install", "--no-deps", "--target", str(whole), "parameterized==0.9.0")
-        whole.rename(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,15 @@ def test_later_evaluations_come_into_the_card_and_a_changed_card_stays(runs, tmp
     assert refresh_card(tmp_path / "child", "me/child")
     found = ModelCard.load(tmp_path / "child/README.md").data.eval_results
     (one,) = [result for result in found if result.dataset_name == "imagenet-v2"]
+    several = {"dataset_name": "birds", "split": "test", "eval_map": 0.25, "eval_f1_micro": 0.5, "eval_loss": 0.1, "eval_samples": 9,
+               "average_precision": {"a": 0.25}}  # fmt: skip
+    (tmp_path / "child/eval_results.json").write_text(json.dumps({"sets": [later, several]}))
+    assert refresh_card(tmp_path / "child")
+    listed = ModelCard.load(tmp_path / "child/README.md").data.eval_results
+    assert ("birds", "mean_average_precision", 0.25) in [
+        (r.dataset_name, r.metric_type, r.metric_value) for r in listed
+    ]
+    assert {"digits", "imagenet-v2", "birds"} == {r.dataset_name for r in listed}
     assert (one.dataset_type, one.dataset_revision, one.metric_value) == ("a/v2", later["revision"], 0.5)
     with (tmp_path / "child/README.md").open("a") as file:
         file.write("My notes.")
@@ -130,8 +139,32 @@ def test_verify_compares_and_ends_with_1_on_a_miss(runs, tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"expected": [entry | {"metric": "eval_map"}]}))
     with pytest.raises(UserError, match="eval_map was not measured"):
         dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])
+    recipe.write_text(
+        yaml.safe_dump({"expected": [entry | {"flags": {"learning_rate": "1e-3", "global_batch_size": "32"}}]})
+    )
+    dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])  # the same values in other words
+    recipe.write_text(yaml.safe_dump({"expected": [entry | {"flags": {"leraning_rate": 1}}]}))
+    with pytest.raises(UserError, match="'leraning_rate' is no flag"):
+        dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])
     recipe.write_text(yaml.safe_dump({"expected": [entry | {"flags": {"preset": "vit-tiny"}}]}))
     with pytest.raises(UserError, match="only for preset: vit-tiny"):
+        dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])
+
+
+def test_a_promise_is_held_against_its_own_set_and_one_pass(runs, tmp_path):
+    """Numbers of another set, or of two passes an image, are not what was promised."""
+    shutil.copytree(runs / "child", tmp_path / "child", ignore=shutil.ignore_patterns("checkpoint-*"))
+    recipe, later = tmp_path / "recipe.yaml", tmp_path / "child/eval_results.json"
+    promise = {"metric": "eval_macro_f1", "value": 0.5, "source": "a test", "measured": True}
+    recipe.write_text(yaml.safe_dump({"expected": [promise]}))
+    for one in ({"dataset_name": "cifar10"}, {"dataset_name": "digits", "tta": "flip"}):
+        later.write_text(json.dumps({"sets": [one | {"eval_macro_f1": 0.9}]}))
+        with pytest.raises(UserError, match="eval_macro_f1 was not measured"):
+            dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])
+    later.write_text(json.dumps({"sets": [{"dataset_name": "digits", "eval_macro_f1": 0.9}]}))
+    dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])
+    later.write_text("[")
+    with pytest.raises(UserError, match="is no finished run"):
         dispatch(["verify", str(tmp_path / "child"), "--recipe", str(recipe)])
 
 

@@ -1,12 +1,16 @@
 """A checkpoint from the Hub: taken when each of its files is that of the manifest, and not otherwise."""
 
 import json
+import os
+import signal
 from functools import partial
 
+import huggingface_hub
 import pytest
 
 from tests.hub.test_uploads import NAME, TOKEN, client, model_folder, run_folder, uploader_of
 from tests.hub.test_uploads import hub as hub  # noqa: PLC0414 - a fixture
+from tests.runs import DEMO_DEFAULTS, evaluation, in_process, trajectory
 from vit_hf.commands.push import main
 from vit_hf.errors import UserError
 from vit_hf.hub.fetch import fetch_checkpoint
@@ -59,3 +63,52 @@ def test_a_dry_run_of_push_lists_what_would_go_and_asks_nobody(tmp_path, capsys)
     assert 'would go to run (main) as "step 10: eval_accuracy 0.1000"' in told
     with pytest.raises(UserError, match="no model's folder"):
         main([str(tmp_path), "--dry_run"])
+
+
+@pytest.fixture
+def run_with(hub, tmp_path, monkeypatch):
+    """Runs the pretraining script in this process, with the local Hub for the Hub."""
+    constants = huggingface_hub.constants
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def run(folder, **flags):
+        in_process("pretrain", **DEMO_DEFAULTS | FLAGS | flags, output_dir=tmp_path / folder)
+        return tmp_path / folder
+
+    return run
+
+
+FLAGS = {"max_steps": 60, "save_steps": 10, "eval_steps": 30, "ema_decay": 0.9, "mixup_alpha": 0.2}
+PUSHING = {"push_to_hub": "true", "hub_strategy": "checkpoint", "hub_model_id": "tiny"}
+
+
+def test_a_stopped_run_goes_on_elsewhere_to_the_bit(run_with, hub, capsys):
+    """Two runs with a Hub that fails, the first stopped in the middle and the second with what the Hub has of it, do what
+    one run does that uploads nothing. The finished checkpoint is there at last, and another run's is refused."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # a signal that comes too late fails the test and no more
+    hub.before_commit = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        with pytest.raises(UserError, match="stopped by SIGTERM"):
+            run_with("here", **PUSHING)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    hub.before_commit = lambda: None
+    hub.fail_commits("limited", times=1, retry_after="0")
+    hub.drop_lfs(1)
+    kept = json.loads(hub.files("model", NAME)["last-checkpoint/manifest.json"])["step"]
+    assert 0 < kept < 60
+    capsys.readouterr()
+    elsewhere = run_with("elsewhere", resume_from_checkpoint="hub", **PUSHING)
+    told = capsys.readouterr().out
+    assert f"checkpoint-{kept} comes from {NAME}" in told and "exactly" in told
+    alone = run_with("alone")
+    assert trajectory(elsewhere) == trajectory(alone) and evaluation(elsewhere) == evaluation(alone)
+    assert hub.files("model", NAME)["model.safetensors"] == (alone / "model.safetensors").read_bytes()
+    assert json.loads(hub.files("model", NAME)["last-checkpoint/manifest.json"])["step"] == 60
+    assert hub.leaks(TOKEN) == []
+    with pytest.raises(UserError, match="seed") as refused:
+        run_with("other", resume_from_checkpoint="hub", seed=5, **PUSHING)
+    assert len(str(refused.value).splitlines()) == 1

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.hub.hub_server import HubServer
-from tests.runs import DEMO_DEFAULTS, ROOT, evaluation, launch, python, scripts_of, trajectory, words
+from tests.runs import DEMO_DEFAULTS, ROOT, launch, python, scripts_of, words
 
 pytestmark = pytest.mark.slow
 TOKEN = "hf_secret_token_of_the_test"
@@ -127,41 +127,37 @@ def test_a_hub_lost_at_the_end_leaves_the_model_and_exits_1(hub, tmp_path):
     )
 
 
-def test_a_run_goes_on_from_the_hub_on_another_machine(hub, tmp_path):
-    """Two processes; a Hub that answers 503 and 429, drops a connection and an upload; SIGTERM in the middle. What was done
-    by then is what a run without uploads does, and what comes from the Hub goes on with it: to the bit."""
+def test_two_processes_are_stopped_and_go_on_from_the_hub_elsewhere(hub, tmp_path):
+    """SIGTERM in the middle, when the second commit is sent. Each commit is a whole state, and the Hub takes the
+    last one only when the other process has ended: who waits for the upload waits for ever."""
 
     def stop():
         commits.append(1)
-        if len(commits) == 3 and 0 in scripts_of(folder):
+        if len(commits) == 2 and 0 in scripts_of(folder):
             os.kill(scripts_of(folder)[0], signal.SIGTERM)
 
-    commits, folder, alone, elsewhere = [], tmp_path / "tiny", tmp_path / "alone", tmp_path / "elsewhere"
+    def wait():
+        deadline = time.monotonic() + 20
+        while 1 in scripts_of(elsewhere) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ended.append(1 not in scripts_of(elsewhere))
+
+    commits, ended, folder, elsewhere = [], [], tmp_path / "tiny", tmp_path / "elsewhere"
     hub.before_commit = stop
-    hub.fail_commits("limited", times=2, retry_after="0")
-    hub.drop_lfs(1)
-    flags = {
-        **DEMO_DEFAULTS,
-        "max_steps": 150,
-        "save_steps": 5,
-        "eval_steps": 50,
-        "ema_decay": 0.9,
-        "mixup_alpha": 0.2,
-    }
-    pushing = {**flags, "push_to_hub": "true", "hub_strategy": "checkpoint", "hub_model_id": "tiny"}
+    flags = {**DEMO_DEFAULTS, "max_steps": 120, "save_steps": 5, "logging_steps": 5, "eval_steps": 100}
+    flags |= {"push_to_hub": "true", "hub_strategy": "checkpoint", "hub_model_id": "tiny"}
     env = hub.env(token=TOKEN, home=tmp_path / "home")
-    stopped = launch("pretrain", "cpu_2proc", env=env, output_dir=folder, **pushing)
+    stopped = launch("pretrain", "cpu_2proc", env=env, output_dir=folder, **flags)
     assert stopped.returncode == 1 and "stopped by SIGTERM" in stopped.stderr, stopped.stderr[-3000:]
-    hub.before_commit = lambda: None
     kept = json.loads(hub.files("model", "tester/tiny")["last-checkpoint/manifest.json"])["step"]
-    assert 0 < kept < 150
-    resumed = launch("pretrain", "cpu_2proc", env=env, output_dir=elsewhere, resume_from_checkpoint="hub", **pushing)
+    assert 0 < kept < 120
+    hub.before_commit = wait
+    flags |= {"save_steps": 1000, "resume_from_checkpoint": "hub"}
+    resumed = launch("pretrain", "cpu_2proc", env=env, output_dir=elsewhere, **flags)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"checkpoint-{kept} comes from tester/tiny" in resumed.stdout and "exactly" in resumed.stdout
-    assert launch("pretrain", "cpu_2proc", output_dir=alone, **flags).returncode == 0
-    assert trajectory(folder) == trajectory(alone)[: len(trajectory(folder))] and len(trajectory(folder)) >= kept
-    assert trajectory(elsewhere) == trajectory(alone) and evaluation(elsewhere) == evaluation(alone)
-    weights = (alone / "model.safetensors").read_bytes()
+    assert ended[-1] is True and "pushed to" in resumed.stdout
+    weights = (elsewhere / "model.safetensors").read_bytes()
     assert hub.files("model", "tester/tiny")["model.safetensors"] == weights
 
     repo = hub.repos["model", "tester/tiny"]
@@ -178,23 +174,6 @@ def test_a_run_goes_on_from_the_hub_on_another_machine(hub, tmp_path):
     assert hub.leaks(TOKEN) == [] and not any(TOKEN in done.stdout + done.stderr for done in (stopped, resumed))
     written = [path for path in (*folder.rglob("*"), *elsewhere.rglob("*")) if path.is_file()]
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
-
-
-def test_the_other_processes_end_before_the_upload(hub, tmp_path):
-    """The Hub takes the commit only when the other process has ended: who waits for the upload waits for ever."""
-
-    def wait():
-        deadline = time.monotonic() + 20
-        while 1 in scripts_of(folder) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        ended.append(1 not in scripts_of(folder))
-
-    folder, ended = tmp_path / "tiny-vit", []
-    hub.before_commit = wait
-    flags = {**FAST, "output_dir": folder}
-    result = launch("pretrain", "cpu_2proc", env=hub.env(token=TOKEN, home=tmp_path / "home"), **flags)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert ended == [True] and "pushed to" in result.stdout
 
 
 def picture(grey, side=32):

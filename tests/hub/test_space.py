@@ -1,6 +1,7 @@
 """`vit-hf space`: the folder it writes, and its page in a real browser."""
 
 import ast
+import json
 import os
 import shutil
 import socket
@@ -9,13 +10,14 @@ import sys
 import time
 import urllib.request
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from tests.runs import in_process
+from tests.downloads import once
+from tests.hub.hub_server import HubServer
+from tests.runs import ROOT, in_process, python
 from vit_hf.cli import dispatch
 from vit_hf.errors import UserError
 from vit_hf.hub.space import GRADIO, PILLOW
@@ -69,16 +71,19 @@ def test_a_folder_that_holds_something_is_not_written_to(model, tmp_path):
 @pytest.fixture(scope="module")
 def gradio():
     """A folder with gradio and what it needs, an older Pillow among it, for processes of their own."""
-    folder = Path.home() / ".cache/vit_hf_tests" / f"gradio-{GRADIO}-python{sys.version_info.minor}"
-    if not folder.exists():
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", aside, f"gradio=={GRADIO}", f"pillow=={PILLOW}"]  # fmt: skip
+
+    def install(folder):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, f"gradio=={GRADIO}", f"pillow=={PILLOW}"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            shutil.rmtree(aside, ignore_errors=True)
-            pytest.skip(f"gradio cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
-        aside.rename(folder)
-    return folder
+            leave_out(f"gradio cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
+
+    return once(f"gradio-{GRADIO}-pillow-{PILLOW}-python3.{sys.version_info.minor}", install)
+
+
+def leave_out(why):
+    """Skips, but not where the browser's tests are asked for (.ci/run)."""
+    (pytest.fail if os.environ.get("VIT_HF_BROWSER_TESTS") == "required" else pytest.skip)(why)
 
 
 @contextmanager
@@ -129,10 +134,10 @@ def browser(profile):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not all(CHROME.values()), reason="no chromium with chromedriver on the path")
 def test_a_picture_that_is_uploaded_has_the_label_of_the_pipeline(model, space, gradio, tmp_path):
     """In a browser: the five classes and their shares are those of transformers' pipeline, and the rollout is drawn."""
-    pytest.importorskip("selenium")
+    if not all(CHROME.values()):
+        leave_out("no chromium with chromedriver on the path")
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
     from transformers import pipeline
@@ -171,3 +176,70 @@ def test_a_picture_that_is_uploaded_has_the_label_of_the_pipeline(model, space, 
                 >= 2
             )
         )
+
+
+PAGES = """
+import json, runpy, sys
+import torch
+from PIL import Image
+from vit_hf.cli import dispatch
+
+folder, picture = sys.argv[1:]
+torch.manual_seed(0)
+said = {}
+for name, model in (("convolutions", f"{folder}/resnet"), ("probe", "tester/probe")):
+    dispatch(["space", model, "--output_dir", f"{folder}/pages/{name}", "--images", picture])
+    page = runpy.run_path(f"{folder}/pages/{name}/app.py")
+    with Image.open(picture) as image:
+        answer = page["classify"](image)
+        said[name] = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(answer, tuple):
+            pixels = page["processor"](image.convert("RGB"), return_tensors="pt")["pixel_values"]
+            output = page["model"](pixels, output_attentions=True, output_hidden_states=True)
+            shown = page["rollout"](output.attentions, output.hidden_states[-1])
+            said["code"] = type(page["model"]).__module__
+from vit_hf.analysis.attention import look
+from vit_hf.models import ViTForImageClassification  # not before: the page must do without
+
+ours = ViTForImageClassification.from_pretrained("tester/probe").eval()
+said["far"] = float(abs(shown / shown.sum() - look(ours.vit, pixels)[0].rollout).max())
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_pages_of_a_resnet_and_of_a_hub_model_with_code_of_its_own(gradio, tmp_path):
+    """Without a browser. A ResNet has the classes alone; the rollout of a model that a probe reads is that of `vit-hf
+    figures`."""
+    import torch
+
+    from vit_hf.data.preprocessing import Preprocessing
+    from vit_hf.models import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    probe = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=37, num_labels=3, pooling="map", num_register_tokens=2))  # fmt: skip
+    torch.nn.init.normal_(probe.vit.attention_pool.probe)
+    torch.nn.init.normal_(probe.classifier.weight)
+    resnet = ResNetForImageClassification(
+        ResNetConfig(image_size=16, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    )
+    for name, made in (("probe", probe), ("resnet", resnet)):
+        made.save_pretrained(tmp_path / name)
+        Preprocessing((16, 16)).image_processor().save_pretrained(tmp_path / name)
+    pixels = torch.arange(16 * 16 * 3, dtype=torch.uint8).reshape(16, 16, 3).numpy()
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    with HubServer(tokens={"hf_test": "tester"}) as hub:
+        hub.add_repo(
+            "model", "tester/probe", {path.name: path.read_bytes() for path in (tmp_path / "probe").iterdir()}
+        )
+        environment = hub.env(home=tmp_path / "home") | {
+            "PYTHONPATH": f"{gradio}:{ROOT}",
+            "GRADIO_ANALYTICS_ENABLED": "False",
+        }
+        done = python("-c", PAGES, tmp_path, tmp_path / "image.png", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert sum(said["convolutions"].values()) == pytest.approx(1, abs=1e-5) and len(said["convolutions"]) == 3
+    assert said["far"] < 1e-6 and said["code"].startswith("transformers_modules.")
+    assert "models:\n- tester/probe" in (tmp_path / "pages/probe/README.md").read_text()

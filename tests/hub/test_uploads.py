@@ -347,6 +347,24 @@ def test_only_what_may_go_goes(tmp_path):
     }  # fmt: skip
 
 
+def test_what_commands_measured_goes_too_without_paths(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    one = {
+        "model": str(folder),
+        "dataset_name": str(tmp_path / "birds"),
+        "eval_accuracy": 0.5,
+        "average_precision": {"a": 0.1},
+    }
+    (folder / "eval_results.json").write_text(json.dumps(one | {"sets": [one]}))
+    (folder / "verified.json").write_text(json.dumps({"results": [], "met": True}))
+    files = folder_commit(folder, False)[1]
+    sent = json.loads(files["eval_results.json"])
+    assert sent["sets"] == [{**one, "model": "model", "dataset_name": "birds"}] and "verified.json" in files
+    (folder / "verified.json").write_text("{")
+    with pytest.raises(UserError, match="verified.json is not JSON"):
+        folder_commit(folder, False)
+
+
 def test_no_line_holds_a_token(monkeypatch, hub):
     """The client itself shows a token that cannot be sent."""
     api = HfApi(endpoint=hub.url, token="secret\nword")

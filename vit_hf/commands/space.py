@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     else:
         images = examples_of(args.model, EXAMPLES)
     folder = Path(args.output_dir)
-    write_space(folder, args.model, config, commit, needs_code(config), images)
+    write_space(folder, args.model, commit, needs_code(config), images)
     print(f"{folder}: a Space with {len(images)} examples; look at it: cd {folder} && python app.py")
     print(f"publish it: hf upload --repo-type space --space-sdk gradio NAME {folder} .")
 

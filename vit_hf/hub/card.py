@@ -28,7 +28,7 @@ METRICS = {
     "accuracy": ("accuracy", "accuracy"),
     "accuracy_top5": ("top-5 accuracy", "top-5-accuracy"),
     "map": ("mAP", "mean_average_precision"),
-    "f1": ("macro F1", "f1"),
+    "macro_f1": ("macro F1", "f1"),
     "f1_macro": ("macro F1", "f1"),
     "f1_micro": ("micro F1", None),
     "loss": ("loss", None),

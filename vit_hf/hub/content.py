@@ -19,7 +19,9 @@ MODEL = [
     "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
     "README.md", "*.py",
 ]  # fmt: skip
-UPLOADED = [*MODEL, RUN_CONFIG, METRICS, "all_results.json", "learning_curves.png"]
+RESULTS = ["eval_results.json", "verified.json", "conversion.json"]  # of commands, with paths of this machine
+UPLOADED = [*MODEL, RUN_CONFIG, METRICS, "all_results.json", "learning_curves.png", *RESULTS]
+NAMED = ("model", "dataset_name", "copy")  # of their values, what may be a relative path
 LAST = "last-checkpoint/"  # of the repository: the checkpoint that a run goes on from
 
 
@@ -31,6 +33,7 @@ def folder_files(folder: Path) -> Files:
     files: Files = {name: folder / name for name in names}
     if RUN_CONFIG in files:
         files[RUN_CONFIG] = public_run_config(folder / RUN_CONFIG)
+    files |= {name: public_results(folder / name) for name in RESULTS if name in files}
     return files | {f"figures/{path.name}": path for path in sorted((folder / "figures").glob("*.png"))}
 
 
@@ -42,6 +45,24 @@ def public_run_config(path: Path) -> bytes:
     """run_config.yaml without the paths of this machine."""
     flags = without_paths(yaml.safe_load(path.read_text()))
     return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True).encode()
+
+
+def public_results(path: Path) -> bytes:
+    """What a command measured, without the paths of this machine. Raises UserError where it is damaged."""
+
+    def public(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: public(one, name) for name, one in value.items()}
+        if isinstance(value, list):
+            return [public(one, key) for one in value]
+        if not isinstance(value, str) or not (Path(value).is_absolute() or (key in NAMED and Path(value).exists())):
+            return value
+        return Path(value).resolve().name
+
+    try:
+        return json.dumps(public(json.loads(path.read_text(encoding="utf-8"))), indent=2).encode() + b"\n"
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it, or run the command that wrote it again") from None
 
 
 def run_files(run: Path, step: int) -> Files:

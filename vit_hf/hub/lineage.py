@@ -81,8 +81,12 @@ def data_of(flags: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def dataset_revision(splits: ImageSplits) -> str | None:
-    """The commit of the Hub that the images were loaded from, which is the name of their folder in the cache of `datasets`;
-    None where they do not come from there, and of a stream."""
+    """The commit of the Hub that the images come from: the name of their folder in the cache of `datasets`, or a part of
+    the addresses of a stream's shards. None where they do not come from there."""
+    for split in (splits.train, splits.eval):
+        for address in getattr(split, "files", ()):  # hf://datasets/NAME@COMMIT/PATH
+            if found := re.match("hf://datasets/[^@]+@([0-9a-f]{40})/", str(address)):
+                return found[1]
     for source in splits.sources.values():
         if source.name[0] in GENERATED_SETS or (source.name[0] and resolve_name(source.name[0])[1]):
             continue

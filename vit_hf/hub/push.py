@@ -131,19 +131,17 @@ def send_folder(uploader: Uploader, folder: Path, with_state: bool, patience: Pa
     Raises:
         UserError: it was not uploaded; or the folder holds no model.
     """
-    why = None
     folder_files(folder)
     commit = Commit(
         None, lambda: folder_commit(folder, with_state, uploader.name), (LAST,) if with_state else (), last=True
     )
     uploader.put(commit)
     try:
-        if not uploader.wait(patience.end):
-            why = f"it was not finished after {patience.end:.0f} s"
+        finished = uploader.wait(patience.end)
     except KeyboardInterrupt:
         warn(f"the model is complete in {folder}, but not uploaded; {later}")
         raise
-    why = why or uploader.why
+    why = uploader.why or ("" if finished else f"it was not finished after {patience.end:.0f} s")
     if why:
         raise UserError(f"the model is complete in {folder}, but the upload failed: {why}; {later}")
     return uploader.url

@@ -6,6 +6,7 @@ The page's code is space_app.py, which runs without vit_hf; what it is told stan
 import json
 import re
 import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ EXAMPLES = 6
 def write_space(
     folder: Path,
     model: str,
-    config: dict[str, Any],
     revision: str | None,
     remote_code: bool,
     images: list[Image.Image],
@@ -34,7 +34,7 @@ def write_space(
 
     Args:
         folder: to write; must be new or empty.
-        model: Hub id or folder. config: its config.json. revision: commit of the Hub model.
+        model: Hub id or folder. revision: commit of the Hub model.
         remote_code: the page runs code that comes with the model.
         images: examples, RGB.
 
@@ -49,8 +49,17 @@ def write_space(
     line = f"MODEL, REVISION, REMOTE_CODE, NAME = {', '.join(map(_literal, told))}"
     app, count = re.subn(r"^MODEL, REVISION.*$", lambda _: line, APP.read_text(), flags=re.M)
     assert count == 1
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        aside = Path(scratch) / "space"
+        _fill(aside, app, name, model, images)
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
+
+
+def _fill(aside: Path, app: str, name: str, model: str, images: list[Image.Image]) -> None:
+    is_folder = Path(model).is_dir()
     (aside / "examples").mkdir(parents=True)
     (aside / "app.py").write_text(app)
     (aside / "README.md").write_text(_readme(name, model, is_folder))
@@ -62,9 +71,6 @@ def write_space(
         for path in sorted({path for pattern in MODEL_FILES for path in Path(model).glob(pattern)}):
             shutil.copy(path, aside / "model" / path.name)
         (aside / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
 
 
 def needs_code(config: dict[str, Any]) -> bool:

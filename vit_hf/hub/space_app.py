@@ -20,12 +20,14 @@ model = AutoModelForImageClassification.from_pretrained(
 LOOKS = model.config.model_type in ("vit", "vit_hf", "deit")  # a convolutional network has no attention
 
 
-def rollout(attentions) -> np.ndarray:
+@torch.no_grad()
+def rollout(attentions, tokens) -> np.ndarray:
     """Share of each patch in what the model reads, (h, w): the product over layers of half attention, half identity
     (Abnar and Zuidema, arXiv 2005.00928).
 
     Args:
         attentions: (1, heads, N, N) of each layer, class and register tokens first.
+        tokens: (1, N, D) of the last layer, before the final norm.
     """
     count = attentions[0].shape[-1]
     rolled = torch.eye(count)
@@ -37,8 +39,13 @@ def rollout(attentions) -> np.ndarray:
     prefix = int(has_token) + getattr(model.config, "num_register_tokens", 0) + (model.config.model_type == "deit")
     rows = round(((count - prefix) * height / width) ** 0.5)
     columns = (count - prefix) // rows
-    pooling = getattr(model.config, "pooling", "cls")  # what is read: the class token, or the mean of the patches
-    read = rolled[0] if has_token and pooling == "cls" else rolled[prefix:].mean(dim=0)
+    pool = getattr(getattr(model, "vit", None), "attention_pool", None)
+    if pool is not None:  # a probe reads, with its own attention to the patches
+        patches = model.vit.layernorm(tokens)[:, prefix:]
+        _, looks = pool.attention(patches, output_attentions=True, queries=pool.probe)
+        read = looks[0, :, 0].mean(dim=0) @ rolled[prefix:]
+    else:  # the class token, or the mean of the patches
+        read = rolled[0] if has_token else rolled[prefix:].mean(dim=0)
     return read[prefix:].reshape(rows, columns).numpy()
 
 
@@ -48,7 +55,7 @@ def classify(picture: Image.Image):
     if picture is None:
         return None, None
     pixels = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
-    output = model(pixels, **({"output_attentions": True} if LOOKS else {}))
+    output = model(pixels, **({"output_attentions": True, "output_hidden_states": True} if LOOKS else {}))
     several = model.config.problem_type == "multi_label_classification"
     shares = (output.logits.sigmoid() if several else output.logits.softmax(dim=-1))[0]
     answers = {str(model.config.id2label[number]): float(share) for number, share in enumerate(shares)}
@@ -56,7 +63,7 @@ def classify(picture: Image.Image):
         return answers
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     seen = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    heat = rollout(output.attentions)
+    heat = rollout(output.attentions, output.hidden_states[-1])
     heat = Image.fromarray(((heat - heat.min()) / max(np.ptp(heat), 1e-9) * 255).astype(np.uint8))
     heat = np.asarray(heat.resize(seen.shape[1::-1], Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
     shown = Image.fromarray(

@@ -4,16 +4,20 @@ The promises are the block `expected:` of a recipe, which run_config.yaml keeps.
 and in eval_results.json for what `vit-hf evaluate` measured later. This module must not know how either was made.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vit_hf.arguments import RunArguments
 from vit_hf.arguments.expected import Expected
+from vit_hf.arguments.parser import convert
 from vit_hf.errors import UserError
 from vit_hf.hub.export import write_json
 
+_FIELDS = {item.name: item for item in dataclasses.fields(RunArguments)}
 VERIFIED = "verified.json"
 LESS_IS_BETTER = ("loss", "error", "brier", "seconds", "bytes")  # in the name of a metric
 MISSED = ("missed", "target missed", "not measured")
@@ -31,14 +35,7 @@ def verify_run(folder: Path, promises: tuple[Expected, ...] | None = None) -> di
     Raises:
         UserError: no finished run, or nothing is promised for it.
     """
-    try:
-        flags = yaml.safe_load((folder / "run_config.yaml").read_text()) or {}
-        results = json.loads((folder / "all_results.json").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{folder} is no finished run ({' '.join(str(error).split())[:160]}); name a folder with run_config.yaml and "
-            "all_results.json"
-        ) from None
+    flags, results, sets = _measured(folder)
     if promises is None:
         try:
             promises = tuple(Expected.of(one) for one in flags.get("expected") or [])
@@ -46,8 +43,6 @@ def verify_run(folder: Path, promises: tuple[Expected, ...] | None = None) -> di
             raise UserError(f"{folder / 'run_config.yaml'}: expected: {error}") from None
     if not promises:
         raise UserError(f"{folder}: its recipe promises nothing (no `expected:`); name one that does: --recipe FILE")
-    later = folder / "eval_results.json"
-    sets = _sets(json.loads(later.read_text())) if later.exists() else []
     rows = [compare(one, flags, results, sets) for one in promises]
     held = [row for row in rows if row["status"] != "another run's"]
     if not held:
@@ -67,11 +62,13 @@ def compare(
         results: all_results.json. sets: what `vit-hf evaluate` measured, a dict a set.
     """
     row = promise.plain() | {"tolerance": promise.tolerance, "found": None}
-    if any(_text(flags.get(name)) != _text(value) for name, value in promise.flags):
+    if any(_value(name, flags.get(name)) != _value(name, value) for name, value in promise.flags):
         return row | {"status": "another run's"}
-    places = [one for one in sets if promise.dataset_name in (None, one.get("dataset_name"))]
-    if promise.dataset_name in (None, flags.get("dataset_name")):
-        places = [results, *places]
+    own = flags.get("dataset_name")
+    wanted = own if promise.dataset_name is None else promise.dataset_name
+    places = [results] if wanted == own else []
+    # two passes an image are not the number that was promised
+    places += [one for one in sets if one.get("dataset_name") == wanted and one.get("tta", "none") == "none"]
     found = next((one[promise.metric] for one in places if isinstance(one.get(promise.metric), (int, float))), None)
     if found is None:
         return row | {"status": "not measured"}
@@ -108,10 +105,26 @@ def misses(verified: dict[str, Any]) -> str:
     return "; ".join(told)
 
 
-def _sets(content: dict[str, Any]) -> list[dict[str, Any]]:
-    return content.get("sets") or [content]
+def _measured(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Of a finished run its flags, its results, and the sets that were measured later. Raises UserError."""
+    try:
+        flags = yaml.safe_load((folder / "run_config.yaml").read_text())
+        results = json.loads((folder / "all_results.json").read_text())
+        later = folder / "eval_results.json"
+        content = json.loads(later.read_text()) if later.exists() else {}
+        sets = content.get("sets") or [content]
+        if not all(isinstance(one, dict) for one in (flags, results, *sets)):
+            raise ValueError("a file holds no mapping")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} is no finished run ({' '.join(str(error).split())[:160]}); name a folder with run_config.yaml and "
+            "all_results.json"
+        ) from None
+    return flags, results, sets
 
 
-def _text(value: Any) -> str | None:
-    """A flag's value, where 384 and "384" are the same."""
-    return None if value is None else str(value)
+def _value(name: str, given: Any) -> Any:
+    """A flag's value, where 384 and "384", 0.001 and "1e-3" are the same. Raises UserError: no flag has this name."""
+    if name not in _FIELDS:
+        raise UserError(f"expected: flags: {name!r} is no flag of a run")
+    return convert(_FIELDS[name], given) if given is not None else None
