@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 
 from vit_hf.analysis.curves import legend_label
 
+BESIDE = 1.04  # from one variant of a model to the next, along the logarithmic axis
+
 
 def speed_by_cost(rows: list[dict[str, Any]]) -> Figure | None:
     """Latency at batch 1 and best throughput over the operations of an image, a mark a variant; None
@@ -16,9 +18,11 @@ def speed_by_cost(rows: list[dict[str, Any]]) -> Figure | None:
         return None
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, variant in enumerate(dict.fromkeys(row["variant"] for row in drawn)):
+    variants = list(dict.fromkeys(row["variant"] for row in drawn))
+    for number, variant in enumerate(variants):
         points = sorted((row for row in drawn if row["variant"] == variant), key=lambda row: row["gflops"])
-        costs, marker = [row["gflops"] for row in points], "os^Dv"[number % 5]
+        shift = BESIDE ** (number - (len(variants) - 1) / 2)  # so that no mark hides another
+        costs, marker = [row["gflops"] * shift for row in points], "os^Dv"[number % 5]
         below, above = (
             [abs(row[f"latency_{name}_ms"] - row["latency_p50_ms"]) for row in points] for name in ("p50", "p95")
         )
@@ -34,7 +38,7 @@ def speed_by_cost(rows: list[dict[str, Any]]) -> Figure | None:
 
 
 def _name_the_models(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """The models stand along the upper edge, each above its points."""
+    """The models stand above the upper edge, each over its points."""
     costs = {row["model"]: row["gflops"] for row in rows}
     axes.set(xscale="log", xlabel="forward pass of one image, GFLOP")
     axes.set_xmargin(0.1)
@@ -42,6 +46,6 @@ def _name_the_models(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for name, cost in costs.items():
         axes.axvline(cost, color="0.85", zorder=0)
         axes.annotate(
-            legend_label(name), (cost, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right",
-            fontsize=7, color="0.4",
+            legend_label(name), (cost, 1.01), xycoords=("data", "axes fraction"), rotation=40, va="bottom", ha="left",
+            fontsize=7, color="0.3",
         )  # fmt: skip

@@ -21,7 +21,7 @@ from vit_hf.evaluation.weighted import (
 
 RESAMPLES = 2_000
 LEVEL = 0.95
-FEWER = 500  # of mean average precision, which takes a pass over all classes
+FEWER = 500  # of mean average precision, which takes a pass over all scores
 
 
 def resampled(metric: Metric, count: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -131,7 +131,9 @@ def more_intervals(predictions: Predictions, multi_label: bool = False, *, seed:
     found = {}
     groups = [(calibration_error(predictions), ("eval_expected_calibration_error",), RESAMPLES)]
     if multi_label:
-        groups.append((several_metrics(predictions), ("eval_map", "eval_f1_micro", "eval_f1_macro"), FEWER))
+        groups.append(
+            (several_metrics(predictions), ("eval_map", "eval_f1_micro", "eval_f1_macro"), fewer(predictions))
+        )
     elif predictions.labels.ndim == 1:
         groups.append((class_metrics(predictions), ("eval_macro_f1", "eval_mean_per_class_accuracy"), RESAMPLES))
     for metric, names, resamples in groups:
@@ -143,6 +145,11 @@ def more_intervals(predictions: Predictions, multi_label: bool = False, *, seed:
             else:
                 found[f"{name}_interval"] = bca(values, estimate, 0.0)
     return found
+
+
+def fewer(predictions: Predictions) -> int:
+    """Draws for metrics of all scores: FEWER up to a million scores, down to 200 of more."""
+    return int(np.clip(FEWER * 1_000_000 // predictions.scores.size, 200, FEWER))
 
 
 def half_width(values: Sequence[float], level: float = LEVEL) -> float | None:
@@ -183,7 +190,7 @@ def compare(
         found[f"{name}_difference"] = float(difference.mean())
         found[f"{name}_difference_interval"] = interval
     if one.labels.ndim == 2:
-        found |= _compare_precision(one, two, level, min(resamples, FEWER), seed)
+        found |= _compare_precision(one, two, level, min(resamples, fewer(one)), seed)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     decided = only_first + only_second
     found["mcnemar_p_value"] = float(binomtest(only_first, decided).pvalue) if decided else 1.0

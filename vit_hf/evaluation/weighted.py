@@ -61,23 +61,26 @@ def several_metrics(predictions: Predictions) -> Metric:
 
 def mean_average_precision(predictions: Predictions) -> Metric:
     """The mean over the classes that an image of the draw has, as in metrics/average_precision."""
-    order = np.argsort(-predictions.scores, axis=0, kind="stable").T  # (K, N), best first
-    truth = np.take_along_axis(predictions.labels.T, order, axis=1)
-    scores = np.take_along_axis(predictions.scores.T, order, axis=1)
-    places = np.arange(order.shape[1], dtype=np.int32)
-    last = np.append(np.diff(scores, axis=1) != 0, np.ones((len(order), 1), dtype=bool), axis=1)
-    # of images that score the same, where the last one stands
-    ends = np.minimum.accumulate(np.where(last, places, places[-1])[:, ::-1], axis=1)[:, ::-1]
+    prepared = [_ranked(*columns) for columns in zip(predictions.scores.T, predictions.labels.T, strict=True)]
 
     def measured(counts: np.ndarray) -> list[float]:
-        found = []
-        for where, true, end in zip(order, truth, ends, strict=True):
-            weights = counts[where]
-            hits = weights * true
-            total = hits.sum()
-            if total:
-                precision = hits.cumsum()[end] / np.maximum(weights.cumsum()[end], 1)
+        found, counts = [], counts.astype(np.int32)
+        for order, true, ends, last in prepared:
+            weights = counts[order]
+            hits = weights[true]
+            if total := hits.sum():
+                precision = hits.cumsum()[last] / np.maximum(weights.cumsum()[ends], 1)
                 found.append(float(hits @ precision / total))
         return [float(np.mean(found)) if found else 0.0]
 
     return measured
+
+
+def _ranked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of one class: the images, best first; the places of those that have it; for each of these where the last image of the
+    same score stands, and which of these is the last one up to there."""
+    order = np.argsort(-scores, kind="stable").astype(np.int32)
+    true = np.flatnonzero(labels[order]).astype(np.int32)
+    same = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    ends = same[np.searchsorted(same, true)]
+    return order, true, ends, np.searchsorted(true, ends, side="right") - 1
