@@ -355,6 +355,7 @@ def test_imagenet_trains_from_a_stream(named, streamed):
     results = json.loads((folder / "all_results.json").read_text())
     assert (results["step"], results["eval_samples"]) == (3, 23) and 60 < results["train_samples"] < 98
     resolved = yaml.safe_load((folder / "run_config.yaml").read_text())["resolved"]
+    assert resolved["dataset_revision"] == named[0].repos["dataset", "ILSVRC/imagenet-1k"].branches["main"]
     assert resolved["eval_split"] == "validation" and resolved["subset"]["train_samples"] == results["train_samples"]
     assert resolved["subset_hash"] and resolved["subset_hash"] in (folder / "README.md").read_text()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -72,13 +73,16 @@ def test_a_folder_that_holds_something_is_not_written_to(model, tmp_path):
 def gradio():
     """A folder with gradio and what it needs, an older Pillow among it, for processes of their own."""
 
+    hub = version("huggingface_hub")  # that of transformers here
+    pins = [f"gradio=={GRADIO}", f"pillow=={PILLOW}", f"huggingface_hub=={hub}"]
+
     def install(folder):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, f"gradio=={GRADIO}", f"pillow=={PILLOW}"]  # fmt: skip
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, *pins]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             leave_out(f"gradio cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
 
-    return once(f"gradio-{GRADIO}-pillow-{PILLOW}-python3.{sys.version_info.minor}", install)
+    return once(f"gradio-{GRADIO}-pillow-{PILLOW}-hub-{hub}-python3.{sys.version_info.minor}", install)
 
 
 def leave_out(why):

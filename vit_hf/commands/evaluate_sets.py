@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +108,8 @@ class Relabelled:
 
 def about_set(one: Any, images: GivenImages, among: Any, config: str | None) -> dict[str, Any]:
     """What is told of a set beside its metrics; `config` is --dataset_config_name."""
+    from vit_hf.hub.lineage import dataset_revision
+
     about = {"dataset_name": one.name, "eval_split": images.splits.eval_split, "split": images.splits.eval_split}
     if one.benchmark is None:
         about["dataset_config"] = config
@@ -116,18 +117,7 @@ def about_set(one: Any, images: GivenImages, among: Any, config: str | None) -> 
         about["copy" if Path(one.dataset_name).exists() else "hub_id"] = one.dataset_name
     if among is not None:
         about["classes"] = len(among)
-    return about | {"revision": revision_of(images.splits, one.dataset_name)}
-
-
-def revision_of(splits: Any, dataset_name: str) -> str | None:
-    """The commit of the Hub that a set was loaded from, which is the name of its folder in the cache of `datasets`; None
-    where it does not come from there, and of a stream."""
-    from vit_hf.data.sets.names import GENERATED_SETS, resolve_name
-
-    if dataset_name in GENERATED_SETS or resolve_name(dataset_name)[1] or "eval" not in splits.sources:
-        return None
-    folders = [Path(file["filename"]).parent.name for file in splits.sources["eval"].images.cache_files]
-    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
+    return about | {"revision": dataset_revision(images.splits)}
 
 
 def folder_of(one: Any, sets: list[Any], folder: Path) -> Path:

@@ -113,7 +113,7 @@ def _readme(name: str, model: str, is_folder: bool) -> str:
 def _requirements() -> str:
     """Pinned to what is installed here, which the model was loaded with; gradio's pillow is older than ours."""
     pins = {"gradio": GRADIO, "pillow": PILLOW}
-    for package in ("torch", "transformers", "safetensors", "numpy"):
+    for package in ("torch", "transformers", "huggingface_hub", "safetensors", "numpy"):
         pins[package] = version(package).partition("+")[0]
     return "".join(f"{package}=={pin}\n" for package, pin in pins.items())
 

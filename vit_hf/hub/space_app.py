@@ -6,17 +6,18 @@ import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import pipeline
 
 MODEL, REVISION, REMOTE_CODE, NAME = "model", None, False, "model"
 HERE = Path(__file__).resolve().parent
 SOURCE = str(HERE / MODEL) if (HERE / MODEL).is_dir() else MODEL  # a folder that lies beside this file, or a Hub id
 
 torch.set_num_threads(2)
-processor = AutoImageProcessor.from_pretrained(SOURCE, revision=REVISION, trust_remote_code=REMOTE_CODE)
-model = AutoModelForImageClassification.from_pretrained(
-    SOURCE, revision=REVISION, trust_remote_code=REMOTE_CODE, attn_implementation="eager"
-).eval()
+loaded = pipeline(
+    "image-classification", SOURCE, revision=REVISION, trust_remote_code=REMOTE_CODE,
+    model_kwargs={"attn_implementation": "eager"},  # the form that tells its weights
+)  # fmt: skip
+model, processor = loaded.model.eval(), loaded.image_processor
 LOOKS = model.config.model_type in ("vit", "vit_hf", "deit")  # a convolutional network has no attention
 
 
