@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from vit_hf.errors import UserError
 from vit_hf.evaluation.predictions import FILE, Predictions, read_predictions, write_predictions
@@ -56,9 +58,27 @@ def test_pandas_reads_it(tmp_path):
 def test_what_is_no_file_of_predictions_is_one_line(tmp_path):
     (tmp_path / "text.parquet").write_text("no table")
     pandas.DataFrame({"index": [1]}).to_parquet(tmp_path / "other.parquet")
-    for name in ("text.parquet", "other.parquet", "none.parquet"):
+    with pytest.raises(UserError, match="none.parquet: no such file"):
+        read_predictions(tmp_path / "none.parquet")
+    write_predictions(tmp_path / FILE, some())
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / FILE).read_bytes()[:400])
+    for name in ("text.parquet", "other.parquet", "cut.parquet"):
         with pytest.raises(UserError, match=f"{name} holds no predictions"):
             read_predictions(tmp_path / name)
+
+
+def test_cells_that_no_prediction_has_are_one_line(tmp_path):
+    write_predictions(tmp_path / "good.parquet", some(7))
+    good = parquet.read_table(tmp_path / "good.parquet")
+    for label, line in (
+        ([None] * 7, "empty cells in label"),
+        ([99] * 7, "class 99 where . are named"),
+        ([-1] * 7, "class -1 where"),
+    ):
+        changed = good.set_column(1, "label", pyarrow.array(label, pyarrow.int64()))
+        parquet.write_table(changed, tmp_path / "bad.parquet")
+        with pytest.raises(UserError, match=f"bad.parquet holds no predictions .{line}"):
+            read_predictions(tmp_path / "bad.parquet")
 
 
 def test_an_answer_is_right_where_it_is_one_of_the_labels():

@@ -99,11 +99,15 @@ def read_predictions(path: Path) -> Predictions:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `vit-hf evaluate --save_predictions` writes one")
     try:
         table = pq.read_table(path).combine_chunks()
+        if holes := [name for name in table.column_names if table[name].null_count]:
+            raise ValueError(f"empty cells in {', '.join(holes)}")
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         wide = {name: _rows(table[name]) for name in ("top5_label", "top5_probability")}
-        return Predictions(
+        found = Predictions(
             index=table["index"].to_numpy().astype(np.int64),
             labels=_labels(table["label"], int(about.get("num_classes", 0))),
             top5=wide["top5_label"].astype(np.int64),
@@ -114,11 +118,23 @@ def read_predictions(path: Path) -> Predictions:
             class_names=tuple(json.loads(about["class_names"])),
             source=about.get("source", ""),
         )
-    except (KeyError, ValueError, pa.ArrowException, OSError) as error:
+        _check_classes(found)
+        return found
+    except (KeyError, ValueError, IndexError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} holds no predictions ({' '.join(str(error).split())[:200]}); `vit-hf evaluate --save_predictions` "
             "writes them"
         ) from None
+
+
+def _check_classes(predictions: Predictions) -> None:
+    """Raises ValueError where a number is no class."""
+    numbers, count = [predictions.top5], len(predictions.class_names)
+    if predictions.labels.ndim == 1:
+        numbers.append(predictions.labels)
+    low, high = min(column.min() for column in numbers), max(column.max() for column in numbers)
+    if low < 0 or (count and high >= count):
+        raise ValueError(f"class {low if low < 0 else high} where {count} are named")
 
 
 def _lists(values: np.ndarray):
