@@ -19,7 +19,7 @@ from tests.downloads import once
 from tests.runs import ROOT, python
 
 pytestmark = pytest.mark.slow
-VITS = ["Stock", "MeanSincos", "Registers", "Relative", "Map", "Conv", "Hybrid"]
+VITS = ["Stock", "MeanSincos", "Registers", "Relative", "MapConv", "Hybrid"]
 FAMILIES = [*VITS, "ResNetCifar", "Bit"]
 # imported by the tests for exporters and for models that generate text; their files are not in the source package
 STAND_INS = {

@@ -113,6 +113,12 @@ def test_sixteen_bit_weights_have_a_loss_of_32_bits(problem_type, labels):
     loss.backward()
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float64])
+def test_labels_of_0_and_1_may_have_any_type(kind):
+    model = classifier("vit", num_labels=3, problem_type="multi_label_classification").eval()
+    assert torch.equal(model(images(), labels=FLOATS.to(kind)).loss, model(images(), labels=FLOATS).loss)
+
+
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", None])
 def test_the_loss_is_traced_without_a_graph_break(problem_type):
     model = classifier("vit", num_labels=3, problem_type=problem_type)

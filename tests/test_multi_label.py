@@ -72,6 +72,11 @@ def test_another_start_finds_a_stream_decoded(folder, tmp_path, monkeypatch):
         assert batches.batches.decoded is not None
         found = np.concatenate([batch["labels"].numpy() for batch in batches])[:24]
         assert np.array_equal(found[:, numbers], hot(pictures(24, 1)["labels"]))
+    rows = load_image_splits(str(folder), cache_dir=str(tmp_path), streaming=True, max_eval_samples=9).rows("eval")
+    drawn = eval_batches(rows, Preprocessing((32, 32)), Processes(torch.device("cpu")), LoadingSettings(), Faults())
+    found = np.concatenate([batch["labels"].numpy() for batch in drawn])[:9]
+    assert not np.array_equal(rows.source_rows, np.arange(9))
+    assert np.array_equal(found, hot(pictures(24, 1)["labels"])[rows.source_rows])
 
 
 def test_a_subset_of_classes_keeps_images_of_one_and_their_other_labels_go(folder, tmp_path):
