@@ -155,13 +155,7 @@ def for_new_labels(
             f"--config_overrides makes another encoder than the weights are for, which has {', '.join(other)}; "
             f"allowed are {', '.join(FREE)}"
         )
-    for name in ("num_labels", "model_type", "auto_map", "architectures"):
-        fields.pop(name, None)
-    if not keep_head and "head_hidden_size" in fields:
-        fields["head_hidden_size"] = None
-    if fields.get("position_embedding") == "sincos_2d":  # the places of another size lie between those of the weights
-        fields["learned_grid_size"] = fields["learned_grid_size"] or list(model.config.grid_size)
-    fields.update(changes, **labels_of(class_names))
+    fields = _new_fields(model.config, keep_head) | changes | labels_of(class_names)
     target = type(model)(make_config(type(model.config), fields))
     weights = dict(model.state_dict())
     if isinstance(model, ViTForImageClassification):
@@ -182,6 +176,18 @@ def for_new_labels(
             f"--config_overrides makes another encoder than the weights are for: {', '.join(left_out[:5])}"
         )
     return target
+
+
+def _new_fields(config: transformers.PreTrainedConfig, keep_head: bool) -> dict[str, Any]:
+    """Those of a configuration that stay under other labels, and at another size."""
+    fields = config.to_dict()
+    for name in ("num_labels", "model_type", "auto_map", "architectures"):
+        fields.pop(name, None)
+    if not keep_head and "head_hidden_size" in fields:
+        fields["head_hidden_size"] = None
+    if fields.get("position_embedding") == "sincos_2d":  # the places of another size lie between those of the weights
+        fields["learned_grid_size"] = fields["learned_grid_size"] or list(config.grid_size)
+    return fields
 
 
 def _refuse_new_parts(config: ViTConfig, changes: dict[str, Any]) -> None:
