@@ -14,7 +14,7 @@ from tests.runs import DEMO_DEFAULTS, evaluation, in_process, trajectory
 from vit_hf.commands.push import main
 from vit_hf.errors import UserError
 from vit_hf.hub.fetch import fetch_checkpoint
-from vit_hf.hub.uploads import Uploads
+from vit_hf.hub.run_uploads import Uploads
 from vit_hf.training.manifest import read_manifest
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -15,10 +16,10 @@ from huggingface_hub import HfApi
 
 from tests.hub.hub_server import HubServer
 from vit_hf.errors import UserError
-from vit_hf.hub import upload
-from vit_hf.hub.push import find_repository, folder_commit, send_folder
-from vit_hf.hub.upload import Commit, Patience, Target, Uploader, one_line, open_api
-from vit_hf.hub.uploads import Teller, Uploads
+from vit_hf.hub import uploader as uploader_module
+from vit_hf.hub.push import HubSettings, find_repository, folder_commit, open_repository, send_folder
+from vit_hf.hub.run_uploads import Teller, Uploads
+from vit_hf.hub.uploader import Commit, Patience, Target, Uploader, one_line, open_api
 from vit_hf.training.files import describe
 from vit_hf.training.manifest import FORMAT, prune, seal, shard_name
 
@@ -136,7 +137,7 @@ def test_a_commit_waits_for_no_pool_of_threads(hub):
 
 def test_a_hub_that_hangs_holds_nobody(hub, monkeypatch):
     """`put` returns at once, the waiting ends when it is to end, and a silent socket is given up and tried again."""
-    monkeypatch.setattr(upload, "SOCKET_SECONDS", 0.2)
+    monkeypatch.setattr(uploader_module, "SOCKET_SECONDS", 0.2)
     told = Told()
     uploader = uploader_of(hub, told=told)
     hub.slow(60, "/commit/")
@@ -167,6 +168,35 @@ def test_a_slow_hub_gets_the_newest_commit_only(hub):
     go_on.set()
     assert uploader.wait(5) and titles(hub) == ["step 10", "step 30"]
     assert sorted(told) == [("upload_superseded", 20), ("uploaded", 10), ("uploaded", 30)]
+
+
+def test_a_commit_of_somebody_else_in_between_is_kept(hub):
+    """The Hub refuses a commit on an older state (412); the next try begins with the newer one."""
+    hub.add_repo("model", NAME, {"mine.txt": b"1"})
+    others = iter([{"mine.txt": b"1", "last-checkpoint/theirs": b"2"}])
+    told = Told()
+    uploader = uploader_of(hub, told=told)
+    hub.before_commit = lambda: [hub.add_repo("model", NAME, files) for files in others]
+    uploader.put(Commit(10, files_of(10), mirrored=("last-checkpoint/",)))
+    assert uploader.wait(5)
+    assert told == [("upload_failed", 10), ("uploaded", 10)] and "412" in told.details[0]["why"]
+    assert set(hub.files("model", NAME)) == {"mine.txt", "config.json", "step.txt"}
+
+
+def test_a_token_that_may_only_read_is_a_refusal(hub):
+    hub.tokens["hf_reader"] = "reader"
+    hub.add_repo("model", NAME, {"old.txt": b"1"})
+    uploader = uploader_of(hub, token="hf_reader")
+    uploader.put(Commit(10, files_of(10)))
+    assert uploader.wait(5) and "403" in uploader.why and set(hub.files("model", NAME)) == {"old.txt"}
+
+
+def test_what_a_killed_run_kept_for_its_upload_is_removed_at_the_next_start(tmp_path):
+    for name in (".upload-10", ".upload-mine", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    settings = HubSettings()
+    open_repository(SimpleNamespace(is_main_process=True), tmp_path, {}, settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".upload-mine", "checkpoint-10"]
 
 
 def test_a_branch_is_made_from_main_and_main_stays(hub):

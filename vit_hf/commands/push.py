@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{folder} is no folder; name that of a run, of a checkpoint, or of another model")
     from vit_hf.hub.content import newest_checkpoint
     from vit_hf.hub.push import find_repository, folder_commit, push_command, send_folder
-    from vit_hf.hub.upload import Patience, Target, Uploader, open_api
+    from vit_hf.hub.uploader import Patience, Target, Uploader, open_api
     from vit_hf.training.tracking import warn
 
     if not (folder / "config.json").exists() and (newest := newest_checkpoint(folder)) is not None:

@@ -10,7 +10,7 @@ import yaml
 from vit_hf.arguments import without_paths
 from vit_hf.errors import UserError
 from vit_hf.evaluation.main_metric import main_metric
-from vit_hf.hub.upload import Files
+from vit_hf.hub.uploader import Files
 from vit_hf.training.manifest import checkpoints, seal, step_of
 from vit_hf.training.tracking import read_jsonl
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from vit_hf.arguments import without_paths
 from vit_hf.errors import UserError
 from vit_hf.hub.content import LAST, MANIFEST, METRICS, manifest_bytes
-from vit_hf.hub.upload import one_line
+from vit_hf.hub.uploader import one_line
 from vit_hf.training.files import sync_folder, write_bytes
 from vit_hf.training.manifest import BrokenCheckpoint, find, move_aside, read_manifest, step_of
 

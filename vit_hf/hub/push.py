@@ -23,8 +23,8 @@ from vit_hf.hub.content import (
     state_files,
 )
 from vit_hf.hub.fetch import fetch_checkpoint
-from vit_hf.hub.upload import Commit, Files, Patience, Target, Uploader, one_line, open_api
-from vit_hf.hub.uploads import Teller, Uploads
+from vit_hf.hub.run_uploads import Teller, Uploads, remove_leftovers
+from vit_hf.hub.uploader import Commit, Files, Patience, Target, Uploader, one_line, open_api
 from vit_hf.training.manifest import NAME, step_of
 from vit_hf.training.tracking import warn
 
@@ -182,6 +182,8 @@ def open_repository(
         run: the identity of this start, for a checkpoint that comes from the Hub.
     """
     main = accelerator.is_main_process and not settings.dry_run
+    if main:
+        remove_leftovers(folder)
     wanted, name = settings.push_to_hub and main, settings.hub_model_id or folder.resolve().name
     if not wanted and not (main and settings.resume_from_checkpoint == "hub"):
         return Repository(name, folder, run, settings)

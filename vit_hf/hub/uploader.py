@@ -17,7 +17,13 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import logging
 from huggingface_hub.utils._http import default_client_factory
 
@@ -89,25 +95,37 @@ def send(api: HfApi, target: Target, message: str, files: Files, mirrored: tuple
     """Makes one commit: all of it or nothing. Returns the repository's URL and the commit's hash. Raises what the client
     raises."""
     branch = target.revision or "main"
-    url = api.create_repo(target.name, private=target.private or None, exist_ok=True)
-    if branch != "main":
-        api.create_branch(url.repo_id, branch=branch, exist_ok=True)
-    head = api.repo_info(url.repo_id, revision=branch)
+    name, head = _newest_commit(api, target, branch)
     additions = [CommitOperationAdd(path, content) for path, content in files.items()]
     gone = [one.rfilename for one in head.siblings if one.rfilename.startswith(mirrored or ("\n",))]
     deletions = [CommitOperationDelete(path) for path in gone if path not in files]
     for addition in additions:
         # one at a time: for several the client has a pool of threads, and Python waits for these before it ends
         if not addition.path_in_repo.endswith(IN_THE_COMMIT):
-            api.preupload_lfs_files(url.repo_id, additions=[addition], revision=branch)
+            api.preupload_lfs_files(name, additions=[addition], revision=branch)
     made = api.create_commit(
-        url.repo_id,
+        name,
         operations=[*additions, *deletions],
         commit_message=message,
         revision=branch,
         parent_commit=head.sha,  # the files to delete are those of this one
     )
-    return str(url), made.oid
+    return f"{api.endpoint}/{name}", made.oid
+
+
+def _newest_commit(api: HfApi, target: Target, branch: str) -> tuple[str, Any]:
+    """The repository's full name and what it holds; what is missing is made. Nothing is asked that a token for this one
+    repository may not do."""
+    name = target.name
+    try:
+        return name, api.repo_info(name, revision=branch)
+    except RevisionNotFoundError:
+        pass
+    except RepositoryNotFoundError:
+        name = api.create_repo(name, private=target.private or None, exist_ok=True).repo_id
+    if branch != "main":
+        api.create_branch(name, branch=branch, exist_ok=True)
+    return name, api.repo_info(name, revision=branch)
 
 
 class Uploader:

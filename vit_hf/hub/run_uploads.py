@@ -19,13 +19,19 @@ from tqdm.auto import tqdm
 from vit_hf.errors import UserError
 from vit_hf.hub.card import card_text
 from vit_hf.hub.content import LAST, MANIFEST, MODEL, commit_message, goes_up, run_files, state_files
-from vit_hf.hub.upload import Commit, Files, Uploader
+from vit_hf.hub.uploader import Commit, Files, Uploader
 from vit_hf.training.manifest import step_of
 from vit_hf.training.signals import SIGNALS
 from vit_hf.training.tracking import append_event, warn
 
 ASIDE = ".upload-"
 STOP_SECONDS = 20.0  # who stops a run by a signal kills it 30 s later
+
+
+def remove_leftovers(run: Path) -> None:
+    """Removes the second names that an upload kept when its run was killed; on the main process, before the run goes on."""
+    for left in run.glob(f"{ASIDE}[0-9]*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 class Uploads:
@@ -41,9 +47,6 @@ class Uploads:
         self._lock = threading.Lock()
         self._staged: dict[int, Path] = {}
         self._due: set[int] = set()
-        if uploader is not None:
-            for left in run.glob(f"{ASIDE}*"):
-                shutil.rmtree(left, ignore_errors=True)
 
     def whole(self, checkpoint: Path) -> None:
         """A checkpoint has its final name; called by the thread that wrote it, before an older one is removed."""
