@@ -99,6 +99,7 @@ def test_help_is_complete_and_wrong_flags_exit_with_2():
         ({"three_augment": True, "trivial_augment": True}, "only one of --trivial_augment and --three_augment"),
         ({"streaming": True, "aug_repeats": 3}, "--aug_repeats: 3 does not go with --streaming"),
         ({"streaming": True, "class_balanced": True}, "--class_balanced: true does not go with --streaming"),
+        ({"streaming": True, "probe_steps": 3}, "--probe_steps: images of a streamed set are not drawn"),
         ({"subset_fraction": 0.5, "subset_per_class": 3}, "only one of --subset_fraction and --subset_per_class"),
     ],
 )

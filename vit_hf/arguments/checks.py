@@ -31,6 +31,10 @@ def check(args: RunArguments) -> None:
     check_subset(args)
     check_augmentation(args)
     check_change(args.change)
+    if args.streaming and args.probe_steps:
+        raise ArgumentError(
+            "--probe_steps: images of a streamed set are not drawn by their class; leave --streaming out"
+        )
     if args.hub_strategy != "end" and not args.push_to_hub:
         raise ArgumentError(f"--hub_strategy: {args.hub_strategy} does nothing without --push_to_hub")
     if args.change and args.resume_from_checkpoint == "none":
