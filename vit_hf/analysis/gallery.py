@@ -45,6 +45,7 @@ def model_figures(
     preprocessing: Preprocessing,
     many_images: np.ndarray | None = None,
     attention_distance: str = "paper",
+    seen: Callable[[int], None] = lambda count: None,
 ) -> list[Block]:
     """The figures of a model, and a sentence for each that it cannot have. The model is left as it was: mode, gradients,
     random state and form of attention. One image at a time goes through it, but for the similarity of layers.
@@ -55,6 +56,7 @@ def model_figures(
         preprocessing: its mean and standard deviation normalise the images.
         many_images: those that the similarity of layers is estimated over (None: those that are drawn).
         attention_distance: one of DISTANCES.
+        seen: told how many of many_images went through.
 
     Raises:
         ValueError: patches do not divide the images, or a weight is not finite.
@@ -85,7 +87,7 @@ def model_figures(
             kind = type(model.config).__name__.removesuffix("Config")
             blocks.append(f"A {kind} has no patches, positions or attention to draw.")
         blocks += map_figures(model, images, [normalise(image[None]) for image in batch], titles)
-        blocks.append(similarity_figure(model, many_images, normalise))
+        blocks.append(similarity_figure(model, many_images, normalise, seen))
     return [*blocks, saliency_figure(images, [map for map, _, _ in answers], titles)]
 
 
@@ -242,12 +244,15 @@ def map_figures(
 
 
 def similarity_figure(
-    model: transformers.PreTrainedModel, images: np.ndarray, normalise: Callable[[Tensor], Tensor]
+    model: transformers.PreTrainedModel,
+    images: np.ndarray,
+    normalise: Callable[[Tensor], Tensor],
+    seen: Callable[[int], None],
 ) -> Block:
     """Linear CKA between layers, or why there is none."""
     if len(images) < MIN_IMAGES:
         return f"The similarity of layers (linear CKA) is estimated over {MIN_IMAGES} images or more; here are {len(images)}."
-    similarity, names, minibatches = layer_similarity(model, images, normalise)
+    similarity, names, minibatches = layer_similarity(model, images, normalise, seen)
     over = f"{len(images)} images" + (f" in {minibatches} minibatches" if minibatches > 1 else "")
     return Picture(
         "layer_cka",

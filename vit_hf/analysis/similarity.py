@@ -58,7 +58,10 @@ def linear_cka(minibatches: Iterable[list[Tensor]]) -> np.ndarray:
 
 
 def layer_similarity(
-    model: nn.Module, images: np.ndarray, normalise: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    images: np.ndarray,
+    normalise: Callable[[Tensor], Tensor],
+    seen: Callable[[int], None] = lambda count: None,
 ) -> tuple[np.ndarray, list[str], int]:
     """Linear CKA between the layers of a model, in evaluation mode, over images uint8 (B, H, W, 3), MIN_IMAGES or more.
 
@@ -67,6 +70,7 @@ def layer_similarity(
 
     Args:
         normalise: images uint8 (B, 3, H, W) on the CPU -> the model's input.
+        seen: told how many images went through, a minibatch at a time.
 
     Returns:
         (layers, layers), the names of the layers, and the number of minibatches.
@@ -97,6 +101,7 @@ def layer_similarity(
     def minibatches() -> Iterator[list[Tensor]]:
         for first in range(number):
             yield outputs(images[first::number], centred_gram)
+            seen(len(images[first::number]))
 
     with torch.no_grad():
         return linear_cka(minibatches()), list(layers), number

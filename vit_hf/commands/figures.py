@@ -54,8 +54,10 @@ def main(argv: list[str]) -> None:
 
     from vit_hf.analysis.document import Picture, write_document
     from vit_hf.analysis.gallery import model_figures
+    from vit_hf.analysis.similarity import MIN_IMAGES
     from vit_hf.models.presets import FAMILIES
     from vit_hf.models.transfer import check_channels, load_pretrained
+    from vit_hf.progress import progress
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -73,8 +75,10 @@ def main(argv: list[str]) -> None:
     else:
         images, many_images, what = read_set(args, preprocessing)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with model_errors(model=args.model):
-        blocks = model_figures(model, images, preprocessing, many_images, args.attention_distance)
+    # what takes longest, by far: the similarity of layers
+    bar = progress(len(many_images), "Comparing layers", "image", disable=len(many_images) < MIN_IMAGES)
+    with bar, model_errors(model=args.model):
+        blocks = model_figures(model, images, preprocessing, many_images, args.attention_distance, bar.update)
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     pixels = " x ".join(map(str, preprocessing.image_size))
     intro = f"{len(images)} images {what}, at {pixels} pixels (height x width): {preprocessing}."
