@@ -80,7 +80,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (33, 32, 32, 3), dtype=np.uin
 def test_the_features_are_all_values_of_the_models_own_outputs(family):
     """An image is a sample: its tokens, or the places of its feature map, lie in one row."""
     model = make(family)
-    found, names, minibatches = layer_similarity(model, IMAGES, normalise)
+    seen = []
+    found, names, minibatches = layer_similarity(model, IMAGES, normalise, seen.append)
+    assert sum(seen) == len(IMAGES) and len(seen) == minibatches
     with torch.no_grad():
         images = normalise(torch.from_numpy(IMAGES).permute(0, 3, 1, 2))
         if family in ("resnet", "bit"):

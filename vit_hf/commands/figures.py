@@ -50,25 +50,13 @@ def main(argv: list[str]) -> None:
     files = image_files(args.images, args.num_images) if args.images is not None else None
 
     import torch
-    import transformers
 
     from vit_hf.analysis.document import Picture, write_document
     from vit_hf.analysis.gallery import model_figures
     from vit_hf.analysis.similarity import MIN_IMAGES
-    from vit_hf.models.presets import FAMILIES
-    from vit_hf.models.transfer import check_channels, load_pretrained
     from vit_hf.progress import progress
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with model_errors(model=args.model):
-        model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-        if type(model) not in FAMILIES.values():
-            raise ValueError(
-                f"its family (model_type) is {model.config.model_type}; figures are drawn of {', '.join(FAMILIES)}"
-            )
-        check_channels(model.config)
-        preprocessing = own_at_size(args, model.config)
+    model, preprocessing = open_drawn(args)
     if files is not None:
         images, what = read_files(files, preprocessing)
         many_images = images
@@ -86,6 +74,29 @@ def main(argv: list[str]) -> None:
     for block in blocks:
         print(output_dir / f"{block.name}.png" if isinstance(block, Picture) else f"note: {block}")
     print(f"all on one page: {output_dir / 'index.html'}")
+
+
+def open_drawn(args: FiguresArguments) -> tuple[Any, Any]:
+    """The model, on the host, and its preprocessing at the size that is asked for.
+
+    Raises:
+        UserError: it cannot be loaded, or is of a family that has no figures.
+    """
+    import transformers
+
+    from vit_hf.models.presets import FAMILIES
+    from vit_hf.models.transfer import check_channels, load_pretrained
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with model_errors(model=args.model):
+        model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        if type(model) not in FAMILIES.values():
+            raise ValueError(
+                f"its family (model_type) is {model.config.model_type}; figures are drawn of {', '.join(FAMILIES)}"
+            )
+        check_channels(model.config)
+        return model, own_at_size(args, model.config)
 
 
 def image_files(names: list[str], most: int) -> list[Path]:
