@@ -116,6 +116,15 @@ def test_two_models_are_compared(models, tmp_path, capsys):
     assert "no contact sheet" in capsys.readouterr().out and not (tmp_path / "kept/comparison.png").exists()
     files = [f"{first}/{FILE}", f"{second}/{FILE}"]
     dispatch(["compare", *files, *SET, "--output_dir", str(tmp_path / "kept")])
+    before = sorted(tmp_path.rglob("*"))
+    dispatch(["compare", *files])  # printed alone
+    told = capsys.readouterr().out
+    assert (
+        f"p = {found['mcnemar_p_value']:.4g}" in told
+        and "note: --output_dir" in told
+        and "written" not in told.split("p = ")[-1]
+    )
+    assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "kept/comparison.png").exists()
     with pytest.raises(UserError, match="is of 'digits test .*', this set is 'digits test"):
         dispatch(["compare", *files, "--dataset_name", "digits", "--output_dir", str(tmp_path / "kept")])
@@ -166,7 +175,6 @@ def test_wrong_words_to_compare(models, tmp_path):
             UserError,
             "bare holds no predictions.parquet",
         ),
-        ([models / "long", models / "long"], ArgumentError, "--output_dir is missing"),
         ([models / "long"], ArgumentError, "required: second"),
         ([models / "long", models / "long", "--output_dir", tmp_path / "bare/config.json"], UserError, "is a file"),
     ):

@@ -67,7 +67,10 @@ def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
     except OSError as error:
         if error.errno not in SURROUNDINGS:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}; look at --output_dir", file=sys.stderr)
+        print(
+            f"error: {error.strerror}: {error.filename or 'while writing'}; look at the flag that says where files go (--output_dir, --output_file)",
+            file=sys.stderr,
+        )
         status = 1
     except MemoryError as error:
         print(f"error: {MEMORY}{f' ({error})' if str(error) else ''}", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import Any
 from vit_hf.arguments import parse
 from vit_hf.arguments.fields import flag
 from vit_hf.arguments.values import IMAGE_SIZE, Kind
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import model_errors
 
 
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
     """Measures latency at batch 1, best throughput and memory of models, as they are, compiled and in 16 bits, in turns on
     this device; writes bench.json and bench.png."""
     args = parse(BenchArguments, argv, prog="vit-hf bench", description=main.__doc__, positional="models")
+    check_folder(args.output_dir)
     import torch
 
     from vit_hf.analysis.speed import speed_by_cost

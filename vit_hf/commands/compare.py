@@ -11,7 +11,8 @@ from vit_hf.arguments import parse, pick
 from vit_hf.arguments.fields import DatasetArguments, LoadingArguments, PreprocessingArguments, WaitingArguments, flag
 from vit_hf.commands.evaluate_report import label_text, read_pictures, short, source_row
 from vit_hf.commands.given import GivenImages, open_images, open_model, set_settings, split_revision
-from vit_hf.errors import ArgumentError, UserError
+from vit_hf.commands.outputs import check_folder
+from vit_hf.errors import UserError
 
 SHOWN = 30  # images of the contact sheet
 THUMBNAIL = 96  # pixels a side, where no model says how large it takes them
@@ -32,7 +33,9 @@ class CompareArguments(WaitingArguments, PreprocessingArguments, LoadingArgument
         low=0,
         high=2**32 - 1,
     )
-    output_dir: str | None = flag(None, "folder for comparison.json and comparison.png")
+    output_dir: str | None = flag(
+        None, "folder for comparison.json and comparison.png (default: they are not written)"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -41,11 +44,9 @@ def main(argv: list[str]) -> None:
     that has one, is read."""
     names = ("first", "second")
     args = parse(CompareArguments, argv, prog="vit-hf compare", description=main.__doc__, positional=names)
-    if args.output_dir is None:
-        raise ArgumentError("--output_dir is missing")
+    if args.output_dir is not None:
+        check_folder(args.output_dir)
     files = [saved_file(name, args.dataset_name) for name in (args.first, args.second)]
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output_dir: {args.output_dir} is a file; name a folder")
     from vit_hf.evaluation.intervals import compare
     from vit_hf.evaluation.predictions import read_predictions
     from vit_hf.training.accelerator import build_accelerator, end
@@ -60,7 +61,12 @@ def main(argv: list[str]) -> None:
     check_same(*sides, args.first, args.second)
     if accelerator.is_main_process:
         found = {"first": args.first, "second": args.second, "dataset_name": args.dataset_name} | compare(*sides)
-        write(Path(args.output_dir), sides, images or only_images(args, accelerator, sides[0]), found)
+        found |= {"source": sides[0].source, "different_answers": len(different(*sides))}
+        print(table(found))
+        if args.output_dir is not None:
+            write(Path(args.output_dir), sides, images or only_images(args, accelerator, sides[0]), found)
+        else:
+            print("note: --output_dir FOLDER keeps this, and draws the images that they answer differently")
     end(accelerator)
 
 
@@ -176,15 +182,17 @@ def only_images(args: CompareArguments, accelerator: Any, predictions: Any) -> A
     return SimpleNamespace(rows=rows, preprocessing=Preprocessing((THUMBNAIL, THUMBNAIL)))
 
 
+def different(one: Any, two: Any) -> np.ndarray:
+    """The places at which two predictions have different answers."""
+    return np.flatnonzero(np.not_equal(*label_keys(one, two, answers=True)))
+
+
 def write(folder: Path, sides: list[Any], images: Any, found: dict[str, Any]) -> None:
-    """The lines of the main process, comparison.json, and comparison.png where there are images that differ."""
+    """comparison.json, and comparison.png where there are images that differ."""
     from vit_hf.hub.export import write_json
 
     one, two = sides
-    answers = label_keys(one, two, answers=True)
-    differ = np.flatnonzero(answers[0] != answers[1])
-    found |= {"source": one.source, "different_answers": len(differ)}
-    print(table(found))
+    differ = different(one, two)
     folder.mkdir(parents=True, exist_ok=True)
     if images is None:
         print("note: no contact sheet is drawn: --dataset_name says where the images are")

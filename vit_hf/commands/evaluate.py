@@ -26,6 +26,7 @@ from vit_hf.commands.evaluate_sets import (
     write_results,
 )
 from vit_hf.commands.given import GivenImages, GivenModel, open_model, with_tta
+from vit_hf.commands.outputs import check_folder
 
 
 @dataclass
@@ -56,14 +57,15 @@ def main(argv: list[str]) -> None:
     """Evaluates a model on a split of a dataset; writes eval_results.json."""
     args = parse(EvaluateArguments, argv, prog="vit-hf evaluate", description=main.__doc__, positional="model")
     sets = chosen_sets(args)
+    default = Path(args.model) if Path(args.model).is_dir() else Path(".")
+    folder, results = Path(args.output_dir) if args.output_dir else default, []
+    check_folder(folder)
     from vit_hf.hub.card import refresh_card
     from vit_hf.training.accelerator import build_accelerator, end
 
     accelerator = build_accelerator(args.ddp_timeout)
     check_sets(sets, args, accelerator)
     given = with_tta(open_model(args.model, args.revision, args.trust_remote_code), args.tta)
-    default = Path(args.model) if Path(args.model).is_dir() else Path(".")
-    folder, results = Path(args.output_dir) if args.output_dir else default, []
     for one in sets:
         images, among = open_set(given, accelerator, one, args)
         accelerator.print(f"preprocessing: {images.preprocessing}")

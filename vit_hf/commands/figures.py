@@ -7,6 +7,7 @@ from typing import Any, Literal
 from vit_hf.arguments import parse, pick
 from vit_hf.arguments.fields import GivenModelArguments, PreprocessingArguments, flag
 from vit_hf.arguments.values import IMAGE_SIZE
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import ArgumentError, UserError, model_errors
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
@@ -41,8 +42,7 @@ def main(argv: list[str]) -> None:
     if args.images is not None and args.dataset_name is not None:
         raise ArgumentError("give only one of --images and --dataset_name")
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir: {output_dir} is a file; name a folder")
+    check_folder(output_dir)
     if output_dir.name == "figures" and (output_dir.parent / "run_config.yaml").exists():
         raise UserError(
             f"--output_dir: {output_dir} belongs to the run, which publishes what is in it; name another folder"

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     args = parse(
         PredictArguments, argv, prog="vit-hf predict", description=main.__doc__, positional=("model", "images")
     )
-    check_output(args.output_file)
+    check_output(args.output_file, args.copy_to)
     files = image_files(args.images)
     if files is None and args.copy_to is not None:
         raise ArgumentError(f"--copy_to {args.copy_to}: is for image files and folders, not for a set")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vit_hf.commands.figures import IMAGE_FILES
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import ArgumentError, UserError
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
@@ -23,8 +24,15 @@ NONE_SURE = "_none"  # folder of what a model of several classes is sure of no c
 NAME_BYTES = 200  # of a folder's name; systems allow 255
 
 
-def check_output(output_file: str | None) -> None:
-    """Raises ArgumentError for a file that cannot be written, before anything is loaded."""
+def check_output(output_file: str | None, copy_to: str | None = None) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ArgumentError: a file of another kind, or one that is there.
+        UserError: nothing can be written to the folder.
+    """
+    if copy_to is not None:
+        check_folder(copy_to, "--copy_to")
     if output_file is None:
         return
     path = Path(output_file)
@@ -32,6 +40,7 @@ def check_output(output_file: str | None) -> None:
         raise ArgumentError(f"--output_file {output_file}: its suffix is none of {', '.join(SUFFIXES)}")
     if path.exists():
         raise ArgumentError(f"--output_file {output_file}: exists already; choose another name, or remove it")
+    check_folder(path.parent, "--output_file")
 
 
 def image_files(words: Sequence[str]) -> list[str] | None:

@@ -18,6 +18,7 @@ from vit_hf.arguments.fields import (
 )
 from vit_hf.arguments.values import Kind
 from vit_hf.commands.given import open_images, open_model, set_settings
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import ArgumentError
 
 METHODS = ("regression", "knn", "logistic")
@@ -89,6 +90,8 @@ def main(argv: list[str]) -> None:
     args = parse(ProbeArguments, argv, prog="vit-hf probe", description=main.__doc__, positional="model")
     if args.dataset_name is None:
         raise ArgumentError("--dataset_name is missing")
+    folder = folder_of(args)
+    check_folder(folder)
     from vit_hf.data.feed import LoadingSettings, eval_batches
     from vit_hf.data.preprocessing import PreprocessingSettings
     from vit_hf.data.processes import Processes
@@ -123,7 +126,7 @@ def main(argv: list[str]) -> None:
     about |= {"eval_samples": len(test), "feature_size": test.values.shape[1], "knn_k": settings.knn_k}
     about |= images.report.collect()
     if accelerator.is_main_process:
-        write(args, about, results)
+        write(folder, about, results)
     end(accelerator)
 
 
@@ -158,12 +161,15 @@ def measure(
     return results
 
 
-def write(args: ProbeArguments, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def folder_of(args: ProbeArguments) -> Path:
+    default = Path(args.model) if Path(args.model).is_dir() else Path(".")
+    return Path(args.output_dir) if args.output_dir else default
+
+
+def write(folder: Path, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """The table and the file, of the main process."""
     from vit_hf.hub.export import write_json
 
-    default = Path(args.model) if Path(args.model).is_dir() else Path(".")
-    folder = Path(args.output_dir) if args.output_dir else default
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"features: {about['feature_size']} numbers; measured on {about['eval_samples']} images ({about['eval_split']})"

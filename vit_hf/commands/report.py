@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import Parser
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.main_metric import MAIN_METRICS, main_metric
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     folder = args.output_dir or args.runs[0].resolve().parent / "report"
-    check_folder(folder)
+    check_report(folder)
     runs, notes = read_runs(args.runs)
     from vit_hf.analysis.curves import curves_csv
     from vit_hf.analysis.document import Heading, Table, write_document
@@ -48,11 +49,9 @@ def main(argv: list[str]) -> None:
     print(f"report: {folder / 'report.html'} (beside it report.md, runs.csv, runs.tex, curves.csv and the PNGs)")
 
 
-def check_folder(folder: Path) -> None:
+def check_report(folder: Path) -> None:
     """Raises UserError for a folder that cannot take the report."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--output_dir: {path} is a file; name a folder")
+    check_folder(folder)
     if (folder / "metrics.jsonl").exists():
         raise UserError(
             f"--output_dir: {folder} is a run's own folder, whose curves would be overwritten; name another"

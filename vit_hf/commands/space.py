@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vit_hf.arguments import parse
 from vit_hf.arguments.fields import GivenModelArguments, flag
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import ArgumentError, UserError, model_errors
 
 
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
     args = parse(SpaceArguments, argv, prog="vit-hf space", description=main.__doc__, positional="model")
     if not args.output_dir:
         raise ArgumentError("--output_dir is missing")
+    check_folder(args.output_dir)
     from PIL import Image
 
     from vit_hf.hub.space import EXAMPLES, needs_code, read_config, write_space

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vit_hf.arguments import RunArguments, parse, read_config
 from vit_hf.arguments.fields import flag
+from vit_hf.commands.outputs import check_folder
 from vit_hf.errors import UserError
 
 
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> None:
     from vit_hf.hub.card import refresh_card
     from vit_hf.hub.verify import VERIFIED, misses, table, verify_run
 
+    if Path(args.run).is_dir():
+        check_folder(args.run, "RUN")
     promises = read_config(args.recipe, RunArguments).get("expected", ()) if args.recipe else None
     verified = verify_run(Path(args.run), promises)
     print(table(verified))

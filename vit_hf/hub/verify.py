@@ -107,6 +107,10 @@ def misses(verified: dict[str, Any]) -> str:
 
 def _measured(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Of a finished run its flags, its results, and the sets that were measured later. Raises UserError."""
+    lacks = [name for name in ("run_config.yaml", "all_results.json") if not (folder / name).is_file()]
+    if lacks:
+        why = f"it has no {' and no '.join(lacks)}" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder} is no finished run: {why}; name the folder of a run that has ended")
     try:
         flags = yaml.safe_load((folder / "run_config.yaml").read_text())
         results = json.loads((folder / "all_results.json").read_text())
