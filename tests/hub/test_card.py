@@ -117,6 +117,22 @@ def test_later_evaluations_come_into_the_card_and_a_changed_card_stays(runs, tmp
     assert not refresh_card(tmp_path / "child") and "My notes." in (tmp_path / "child/README.md").read_text()
 
 
+def test_a_full_evaluation_of_the_run_s_own_split_completes_its_row(runs, tmp_path):
+    folder = tmp_path / "child"
+    shutil.copytree(runs / "child", folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    own = json.loads((folder / "all_results.json").read_text())
+    dispatch(["evaluate", str(folder), "--dataset_name", "digits", "--max_eval_samples", "60"])
+    dispatch(["evaluate", str(folder), "--dataset_name", "digits", "--max_eval_samples", "101", "--full"])
+    whole = json.loads((folder / "eval_results.json").read_text())
+    lines = (folder / "README.md").read_text().splitlines()
+    rows = {line.split("|")[3].strip(): line for line in lines if line.startswith("| digits | test |")}
+    assert len(rows) == sum(line.startswith("| digits | test |") for line in lines), "a row is there twice"
+    low, high = whole["eval_accuracy_interval"]
+    assert f"| {own['eval_accuracy']:.4f} ({low:.4f} to {high:.4f}) |" in rows[str(own["eval_samples"])]
+    assert f"{whole['eval_brier']:.4f} (" in rows[str(own["eval_samples"])]
+    assert set(rows) <= {"60", "101"}
+
+
 def test_a_converted_folder_has_a_card(runs, tmp_path):
     dispatch(["convert", str(runs / "child"), str(tmp_path / "timm"), "--to", "timm"])
     text = (tmp_path / "timm/README.md").read_text()

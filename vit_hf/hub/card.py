@@ -31,6 +31,8 @@ METRICS = {
     "macro_f1": ("macro F1", "f1"),
     "f1_macro": ("macro F1", "f1"),
     "f1_micro": ("micro F1", None),
+    "expected_calibration_error": ("calibration error", None),
+    "brier": ("Brier score", None),
     "loss": ("loss", None),
 }
 MARK = (
@@ -95,6 +97,7 @@ def card_text(
         **_use(name, config, given),
         "evaluations": evaluations,
         "columns": [(key, title) for key, (title, _) in METRICS.items() if any(key in e["metrics"] for e in evaluations)],
+        "intervals": any(one["intervals"] for one in evaluations),
         "weights": _weights(given, step) if given else "",
         "curves": (folder / "learning_curves.png").exists() or (results and step is None),
         "expected": _promises(given.get("expected") or [], _json(folder / "verified.json")),
@@ -129,7 +132,8 @@ def all_evaluations(
         later: eval_results.json: of `vit-hf evaluate`, one set or a list of them under "sets".
 
     Returns:
-        dicts of dataset_name, dataset_config, split, revision, images, and metrics {key of METRICS: number}.
+        dicts of dataset_name, dataset_config, split, revision, images, metrics {key of METRICS: number}, and intervals
+        {key: [low, high]} where `vit-hf evaluate` gave them.
     """
     own = {
         "dataset_name": flags.get("dataset_name"), "dataset_config": flags.get("dataset_config_name"),
@@ -145,16 +149,22 @@ def all_evaluations(
         }  # fmt: skip
         found.append(_evaluation(of, one))
     places: dict[tuple, dict[str, Any]] = {}
-    for one in found:  # the first of a set and split stands: the run's own
+    for one in found:
         if one["metrics"]:
             key = (one["dataset_name"], one["dataset_config"], one["split"], one["images"])
-            places.setdefault(key, one)
+            first = places.setdefault(key, one)  # of a set and split: the run's own
+            shared = first["metrics"].keys() & one["metrics"].keys()
+            # the same measurement, on other processes maybe: it adds what the run itself does not measure
+            if shared and all(abs(first["metrics"][name] - one["metrics"][name]) < 1e-3 for name in shared):
+                first["metrics"] = one["metrics"] | first["metrics"]
+                first["intervals"] = one["intervals"] | first["intervals"]
     return list(places.values())
 
 
 def _evaluation(of: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     known = {key.lower().removeprefix("eval_"): value for key, value in results.items() if key.startswith("eval_")}
     metrics = {key: known[key] for key in METRICS if isinstance(known.get(key), (int, float))}
+    intervals = {key: known[f"{key}_interval"] for key in METRICS if known.get(f"{key}_interval")}
     name = str(of["dataset_name"] or "")
     public = HUB_SETS.get(name, Path(name).name if _is_local(name) else name)
     shown = Path(name).name
@@ -164,6 +174,7 @@ def _evaluation(of: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         "dataset_name": shown,
         "images": known.get("samples", ""),
         "metrics": metrics,
+        "intervals": intervals,
     }
 
 
