@@ -91,7 +91,7 @@ def pretrain(args: RunArguments, accelerator: Any) -> Any:
                                        on_save_error=args.on_save_error, timeout_seconds=args.ddp_timeout)  # fmt: skip
     normalise = data.normaliser(preprocessing, accelerator.device)
     judging = pick(evaluation.JudgeSettings, args, class_names=splits.class_names, loss=objective.loss,
-                   multi_label=splits.multi_label, source=data.identity_of(eval_rows))  # fmt: skip
+                   multi_label=splits.multi_label, source=data.identity_of(eval_rows), source_rows=eval_rows.source_rows)  # fmt: skip
     evaluate = functools.partial(evaluation.evaluate_model, state.engine, eval_batches, normalise, accelerator, judging)  # fmt: skip
     actions = [
         training.Log(schedule.cadence(args.logging_steps), numbers, training.mfu_scale(accelerator, flops)),

@@ -38,6 +38,12 @@ def test_training_keeps_its_last_answers(models, tmp_path):
     np.testing.assert_allclose(own.loss, again.loss, rtol=1e-4)
     results = json.loads((models / "long/all_results.json").read_text())
     assert results["eval_accuracy"] == own.correct.mean()
+    from vit_hf.data.sets.load import SetSettings, load_set
+
+    whole = load_set(SetSettings("digits", need_train=False)).rows("eval")
+    for folder in (models / "long", tmp_path):  # the row of the split, not of the draw
+        table = pandas.read_parquet(folder / FILE)
+        assert np.array_equal(whole.read(table["row"].to_numpy())[1], table.label) and table["row"].max() > 101
     assert results["eval_loss"] == float(own.loss.astype(np.float64).mean())
 
 
@@ -45,6 +51,8 @@ def test_evaluate_tells_intervals(models, tmp_path, capsys):
     dispatch(["evaluate", str(models / "long"), *SET, "--output_dir", str(tmp_path)])
     results = json.loads((tmp_path / "eval_results.json").read_text())
     said = capsys.readouterr().out
+    facts = [line.split()[0] for line in said.splitlines()]
+    assert facts.count("split") == 1 and "eval_split" not in {*facts, *results} and "None" not in said.split()
     for name in ("eval_accuracy", "eval_accuracy_top5", "eval_loss"):
         low, high = results[f"{name}_interval"]
         assert 0 <= low < results[name] < high and f"[{low:.4f}, {high:.4f}]" in said

@@ -15,6 +15,7 @@ from tests.test_benchmarks import model_names, picture
 from vit_hf.cli import dispatch
 from vit_hf.commands.predicted import copy_to_classes, folder_names, image_files, walk
 from vit_hf.data.preprocessing import Preprocessing
+from vit_hf.data.sets.load import SetSettings, load_set
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.models.configuration_vit import ViTConfig
 from vit_hf.models.modeling_vit import ViTForImageClassification
@@ -101,15 +102,26 @@ def test_the_table_is_alone_on_stdout_and_bad_images_are_named_and_counted(model
     dispatch(["predict", model, *words, "--on_bad_image", "skip", "--top_k", "1"])
     told = capfd.readouterr()
     (best, *_), *_ = asked(model, words[:1])
-    assert told.out.split() == [words[0], *best["label"].split(), f"{best['score']:.4f}"]
+    header, line = told.out.splitlines()
+    assert header.split() == ["image", *"class and probability, best first".split()]
+    assert line.split() == [words[0], *best["label"].split(), f"{best['score']:.4f}"]
     assert "bad.png" in told.err and "left out: 1 images that do not decode" in told.err and "it/s" not in told.err
 
 
-def test_a_set_has_index_and_label(model, tmp_path):
+def test_a_set_has_row_and_label(model, tmp_path, capsys):
+    """The row of a draw is that of the split, where the image is found again."""
     out = tmp_path / "answers.jsonl"
     dispatch(["predict", model, "digits", "--max_eval_samples", "7", "--output_file", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(7)) and {row["label"] for row in rows} <= set("0123456789")
+    whole = load_set(SetSettings("digits", need_train=False)).rows("eval")
+    _, labels = whole.read(np.array([row["row"] for row in rows]))
+    assert [row["label"] for row in rows] == [str(label) for label in labels.tolist()] and len(rows) == 7
+    assert [row["row"] for row in rows] != list(range(7)) and rows == sorted(rows, key=lambda row: row["row"])
+    capsys.readouterr()
+    dispatch(["predict", model, "digits", "--max_eval_samples", "7", "--top_k", "2"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["row", "label", "class"] and len(lines) == 7
+    assert [line.split()[:2] for line in lines] == [[str(row["row"]), row["label"]] for row in rows]
     assert all(len(row["classes"]) == 5 and "image" not in row for row in rows)
     with pytest.raises(ArgumentError, match="--copy_to .*not for a set"):
         dispatch(["predict", model, "digits", "--copy_to", str(tmp_path / "copies")])

@@ -78,7 +78,7 @@ def test_four_ways_to_ask_a_pulled_model_agree_to_the_sample(hub, tmp_path):
     names = np.array(evaluated.class_names)
     best = evaluated.top5[:, 0]
     assert len(best) == 450 and len(set(best.tolist())) > 5  # not one class for all
-    assert [row["index"] for row in rows] == evaluated.index.tolist()
+    assert [row["row"] for row in rows] == evaluated.index.tolist()
     assert [row["label"] for row in rows] == names[evaluated.labels].tolist()
     assert [row["classes"] for row in rows] == names[evaluated.top5].tolist()
     assert [[one["label"] for one in answer] for answer in asked["pipeline"]] == names[evaluated.top5].tolist()

@@ -120,7 +120,7 @@ def write(
     results |= {name: pair for name, pair in ends.items() if name.removesuffix("_interval") in results} | about
     print("\n".join(lines(results)))
     if args.save_predictions:
-        write_predictions(folder / FILE, predictions)
+        write_predictions(folder / FILE, predictions, images.rows.source_rows)
         print(f"written to {folder / FILE}")
     if details is not None:
         print(f"written to {write_report(folder, predictions, images, results, details)}")
@@ -131,7 +131,7 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     """What is printed: a number and its 95 % interval in one line."""
     for key, value in results.items():
         ends = results.get(f"{key}_interval")
-        if not key.endswith("_interval"):
+        if value is not None and not key.endswith("_interval"):
             yield f"{key:31} {_show(value)}" + (f"  [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
 
 

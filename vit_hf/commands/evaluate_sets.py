@@ -110,7 +110,7 @@ def about_set(one: Any, images: GivenImages, among: Any, config: str | None) -> 
     """What is told of a set beside its metrics; `config` is --dataset_config_name."""
     from vit_hf.hub.lineage import dataset_revision
 
-    about = {"dataset_name": one.name, "eval_split": images.splits.eval_split, "split": images.splits.eval_split}
+    about = {"dataset_name": one.name, "split": images.splits.eval_split}
     if one.benchmark is None:
         about["dataset_config"] = config
     else:

@@ -97,7 +97,7 @@ def _finish(
 ) -> None:
     """The table or the file, the copies, and what is to be said, of the main process."""
     known = images.splits.class_names if images.splits is not None else None
-    rows = rows_of(answers, given.class_names, files, known)
+    rows = rows_of(answers, given.class_names, files, images.rows.source_rows, known)
     if args.output_file is None:
         print("\n".join(shown(rows)))
     else:

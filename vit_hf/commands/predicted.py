@@ -89,18 +89,23 @@ def walk(folder: Path) -> tuple[list[str], int]:
 
 
 def rows_of(
-    answers: Any, class_names: Sequence[str], files: list[str] | None, known: Sequence[str] | None
+    answers: Any,
+    class_names: Sequence[str],
+    files: list[str] | None,
+    source_rows: np.ndarray,
+    known: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """One row an image: `image` (its file), or `index` and `label` (its name in the set, or a list of names), then
+    """One row an image: `image` (its file), or `row` (of the split) and `label` (its name in the set, or a list of names), then
     `classes` and `probabilities`, best first, and `sure_classes` of a model of several; `numbers` and `sure` are those as
     numbers.
 
     Args:
-        answers: Answers. files: of the images; None for a set. known: the set's class names.
+        answers: Answers. files: of the images; None for a set. source_rows: of a set, the row of each
+            index. known: the set's class names.
     """
     rows = []
     for place, index in enumerate(answers.index.tolist()):
-        row: dict[str, Any] = {"image": files[index]} if files is not None else {"index": index}
+        row: dict[str, Any] = {"image": files[index]} if files is not None else {"row": int(source_rows[index])}
         if known is not None:
             label = answers.labels[place]
             row["label"] = [known[i] for i in np.flatnonzero(label)] if np.ndim(label) else known[int(label)]
@@ -122,17 +127,22 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The table for people: a line an image."""
-    width = max((len(str(row.get("image", row.get("index")))) for row in rows), default=0)
-    for row in rows:
-        name = str(row.get("image", row.get("index")))
-        label = (
-            f"  ({row['label'] if isinstance(row['label'], str) else ', '.join(row['label'])})"
-            if "label" in row
-            else ""
-        )
-        best = "  ".join(f"{one} {value:.4f}" for one, value in zip(row["classes"], row["probabilities"]))
-        yield f"{name:{width}}{label}  {best}"
+    """The table for people: a header, and a line an image."""
+    if not rows:
+        return
+    known = [name for name in ("image", "row", "label") if name in rows[0]]
+    cells = [known, *([_cell(row[name]) for name in known] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    answers = ["class and probability, best first"]
+    answers += [
+        "  ".join(f"{one} {value:.4f}" for one, value in zip(row["classes"], row["probabilities"])) for row in rows
+    ]
+    for line, best in zip(cells, answers, strict=True):
+        yield "  ".join([*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)), best])
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -112,12 +112,14 @@ class JudgeSettings:
 
     Args:
         class_names: of the model's classes. source: which images they are (Predictions).
+        source_rows: of `write_predictions`.
         loss: of `predict`. multi_label: of `measure`.
         save_predictions: whether output_dir gets predictions.parquet, in place of an older one.
     """
 
     class_names: Sequence[str] = ()
     source: str = ""
+    source_rows: np.ndarray | None = None
     loss: str = "softmax"
     multi_label: bool = False
     save_predictions: bool = False
@@ -140,7 +142,7 @@ def evaluate_model(
     predictions = predict(model, batches, normalise, accelerator, names, loss=settings.loss, source=source)
     results = [measure(predictions, settings.multi_label) if accelerator.is_main_process else None]
     if settings.save_predictions and accelerator.is_main_process:
-        write_predictions(Path(settings.output_dir) / FILE, predictions)
+        write_predictions(Path(settings.output_dir) / FILE, predictions, settings.source_rows)
     return broadcast_object_list(results)[0]
 
 

@@ -20,7 +20,7 @@ class Predictions:
     """Rows in the order of the dataset, each sample once, the same on all processes.
 
     Args:
-        index: int64 (N,), the row of the split.
+        index: int64 (N,), the place among the images that were asked for; without a draw the row of the split.
         labels: int64 (N,), the model's number of the class; or, of several classes, bool (N, K).
         top5: int64 (N, min(5, K)), classes of the model, best first.
         probabilities: float32 (N, min(5, K)), of those classes.
@@ -62,10 +62,13 @@ class Predictions:
         return self.class_names[number] if number < len(self.class_names) else str(number)
 
 
-def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Writes a whole file or none: columns index, label (a number, or a list of numbers), top5_label and
+def write_predictions(path: Path, predictions: Predictions, source_rows: np.ndarray | None = None) -> None:
+    """Writes a whole file or none: columns index, row (where `source_rows` are given), label (a number, or a list of numbers), top5_label and
     top5_probability (lists, best first), loss, brier, and scores where there are any; class names and source are in the
     schema's metadata.
+
+    Args:
+        source_rows: int64 (M,), for each index the row of the split that the image is taken from.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -73,6 +76,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     labels = predictions.labels
     columns = {
         "index": pa.array(predictions.index, pa.int64()),
+        **({} if source_rows is None else {"row": pa.array(source_rows[predictions.index], pa.int64())}),
         "label": _sets(labels) if labels.ndim == 2 else pa.array(labels, pa.int64()),
         "top5_label": _lists(predictions.top5.astype(np.int64)),
         "top5_probability": _lists(predictions.probabilities.astype(np.float32)),
