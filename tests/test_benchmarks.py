@@ -274,6 +274,26 @@ def test_what_was_evaluated_before_stays_in_the_list_until_the_weights_change(tm
 # --- the mirror image ---
 
 
+def test_two_passes_do_not_replace_what_one_gave(tmp_path):
+    """The top of the file is the model's accuracy; the mirrored one stands beside it."""
+    plain = {"dataset_name": "one", "split": "test", "tta": "none", "model": "m", "eval_accuracy": 0.9}
+    flipped, other = (
+        plain | {"tta": "flip", "eval_accuracy": 0.8},
+        plain | {"dataset_name": "two", "eval_accuracy": 0.7},
+    )
+    write_results([flipped], tmp_path)  # nothing else is known
+    assert (results_of(tmp_path)["eval_accuracy"], results_of(tmp_path)["tta"]) == (0.8, "flip")
+    for given, top in ((plain, 0.9), (flipped, 0.9), (other, 0.7), (flipped, 0.7)):
+        write_results([given], tmp_path)
+        found = results_of(tmp_path)
+        assert (found["eval_accuracy"], found["tta"]) == (top, "none")
+    assert sorted((one["eval_accuracy"], one["tta"]) for one in found["sets"]) == [
+        (0.7, "none"),
+        (0.8, "flip"),
+        (0.9, "none"),
+    ]
+
+
 def test_the_mean_with_the_mirror_image_is_that_of_two_passes(tmp_path):
     network = make_model(tmp_path / "model")
     pixels = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))

@@ -127,13 +127,16 @@ def folder_of(one: Any, sets: list[Any], folder: Path) -> Path:
 
 def write_results(results: list[dict[str, Any]], folder: Path) -> Path:
     """Writes eval_results.json: at its top the first set, as ever, and in the list `sets` all sets that this model was
-    evaluated on, those of earlier calls too unless the model's weights are newer than they are."""
+    evaluated on, those of earlier calls too unless the model's weights are newer than they are. Results of two passes an
+    image (--tta) do not take the place of plain ones at the top."""
     from vit_hf.hub.export import write_json
 
     path = folder / RESULTS
     new = [_key(result) for result in results]
-    sets = [old for old in _earlier(path, results[0]["model"]) if _key(old) not in new]
-    write_json(results[0] | {"sets": sets + results}, path)
+    top, earlier = _earlier(path, results[0]["model"])
+    sets = [old for old in earlier if _key(old) not in new] + results
+    top = results[0] if _is_plain(results[0]) or top is None or not _is_plain(top) else top
+    write_json(top | {"sets": sets}, path)
     return path
 
 
@@ -141,15 +144,21 @@ def _key(result: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(result.get(name)) for name in ("dataset_name", "dataset_config", "split", "eval_samples", "tta"))
 
 
-def _earlier(path: Path, model: str) -> list[dict[str, Any]]:
+def _is_plain(result: dict[str, Any]) -> bool:
+    return result.get("tta", "none") == "none"
+
+
+def _earlier(path: Path, model: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The top (None: there is none of this model) and the list of the file that is there."""
     try:
         written = path.stat().st_mtime_ns
         if any(file.stat().st_mtime_ns > written for file in Path(model).glob("*.safetensors")):
-            return []
-        sets = json.loads(path.read_text())["sets"]
-        return [one for one in sets if one["model"] == model]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+            return None, []
+        top = json.loads(path.read_text())
+        sets = top.pop("sets")
+        return top if top["model"] == model else None, [one for one in sets if one["model"] == model]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, []
 
 
 def table(results: list[dict[str, Any]]) -> str:
