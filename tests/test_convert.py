@@ -652,7 +652,7 @@ def test_other_files_are_refused(tmp_path):
 def test_a_model_without_a_head_is_refused(tmp_path):
     """Its classifier would be random."""
     transformers.ViTModel(tiny_model().config.to_stock()).save_pretrained(tmp_path)
-    assert "missing classifier.bias, classifier.weight" in refusal(tmp_path)
+    assert "it has no head (classifier.bias, classifier.weight)" in refusal(tmp_path)
 
 
 def test_a_folder_with_a_pickle_is_refused(tmp_path):

@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from tests.runs import DEMO_DEFAULTS, in_process
-from vit_hf.errors import exit_with
+from vit_hf.cli import dispatch
+from vit_hf.errors import TOLD, UserError, exit_with, note_near
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def fails(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             exit_with(lambda: in_process(script, **flags))
         said = capsys.readouterr().err
+        said = re.sub(r"^W\d{4} .*\n", "", said, flags=re.M)  # torch's log: what will be an error in a later release
         errors = [line for line in said.splitlines() if "error" in line.lower()]
         assert stopped.value.code == status, said
         assert len(errors) == 1 and errors[0].startswith("error: "), said
@@ -194,3 +196,45 @@ def test_no_more_memory_is_one_line(capsys):
     said = capsys.readouterr().err
     assert end.value.code == 1 and said.count("\n") == 1
     assert said.startswith("error: this process found no more memory") and "9 GiB" in said
+
+
+def test_ctrl_c_is_one_word_where_nobody_has_said_more(capsys):
+    for stop, said in ((KeyboardInterrupt(), "interrupted"), (KeyboardInterrupt(TOLD), "")):
+
+        def entry(stop=stop):
+            raise stop
+
+        with pytest.raises(SystemExit) as end:
+            exit_with(entry)
+        assert end.value.code == 130 and capsys.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["evaluate", "nowhere/x", "--eval_datasets", "digit,glyphs"], "digit is no set that is known here .* did you mean digits"),
+        (["bench", "vit-demo-patch8"], "vit-demo-patch8 is no preset and no folder, .* did you mean vit-demo-patch8-32"),
+        (["evaluate", "mnist", "--dataset_name", "digits"], None),
+    ],
+)  # fmt: skip
+def test_a_name_that_looks_mistyped_is_told_before_the_hub_is_asked(words, said, tmp_path, monkeypatch, capsys):
+    note_near.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        dispatch(words)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert not notes if said is None else len(notes) == 1 and re.search(said, notes[0])
+
+
+def test_folders_that_are_no_models_name_those_below_and_a_preset_has_no_weights(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+    (tmp_path / "runs/logs").mkdir()
+    for model, said in (
+        (tmp_path / "runs", r"no config.json, so it is no model folder; below it are \S+first, \S+second$"),
+        (tmp_path / "runs/logs", "no config.json, so it is no model folder$"),
+        ("vit-demo-patch8-32", "it is a preset, which has no weights"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dispatch(["evaluate", str(model), "--dataset_name", "digits", "--output_dir", str(tmp_path / "out")])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vit_hf.cli import dispatch
+from vit_hf.commands.bench import too_few
 from vit_hf.errors import ArgumentError, UserError
 from vit_hf.evaluation.speed import ROUNDS, Subject, Variant, measure_in_turns, summary, variants_of
 
@@ -80,6 +81,16 @@ def test_variants_of_a_cpu_and_a_gpu():
     assert set(on_gpu) == {*names, "bf16 compiled", "fp16"}
 
 
+def test_what_was_run_too_seldom_is_noted():
+    rows = [
+        {"model": "m", "variant": name, "failed": None, "latency_runs": runs} for name, runs in (("a", 40), ("b", 12))
+    ]
+    failed = {"model": "m", "variant": "c", "failed": "no compiler"}
+    assert too_few([rows[0], failed]) == ""
+    said = too_few([*rows, failed])
+    assert said.startswith("note: 1 of 3 lines") and "(m, b: 12)" in said and "--seconds" in said and "\n" not in said
+
+
 @pytest.mark.slow
 def test_the_command_on_presets_and_a_folder(tmp_path, capsys):
     """On a machine without a compiler: that variant is a line of the table, the others are measured."""
@@ -106,6 +117,7 @@ def test_the_command_on_presets_and_a_folder(tmp_path, capsys):
             assert row["failed"] is None and row["latency_p50_ms"] <= row["latency_p95_ms"]
             assert set(row["images_per_second_by_batch_size"]) == {"1", "2"}
             assert f"{row['images_per_second']:,.4g}" in shown
+    assert "note: 4 of 6 lines have fewer than 20 timed runs" in shown
     small, demo = report["rows"][0], report["rows"][3]
     assert small["parameters"] < demo["parameters"] and small["gflops"] < demo["gflops"]
     assert int(demo["peak_memory_bytes"]["1"]) > 4 * demo["parameters"]

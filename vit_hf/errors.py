@@ -6,6 +6,7 @@ This module must not import torch or anything else of vit_hf.
 import contextlib
 import difflib
 import errno
+import functools
 import os
 import sys
 import typing
@@ -55,6 +56,9 @@ MEMORY = (
 )
 
 
+TOLD = "told"  # argument of a KeyboardInterrupt of which a line was printed already
+
+
 def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
     """Runs a script or a command and ends the process: a user's error becomes one line and its exit status."""
     status = 0
@@ -75,9 +79,25 @@ def exit_with(entry: typing.Callable[[], None]) -> typing.NoReturn:
     except MemoryError as error:
         print(f"error: {MEMORY}{f' ({error})' if str(error) else ''}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if stop.args != (TOLD,) and os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+@functools.cache  # once for a name
+def note_near(name: str, known: tuple[str, ...], what: str) -> None:
+    """Before the Hub is asked for a name without an owner, which is slow without a connection: says where it looks like
+    the mistyped name of something that is here (`what`: a set, a preset). A Hub id may have no owner, so it is asked all
+    the same."""
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    if not close or name in known or "/" in name or os.path.exists(name) or os.environ.get("RANK", "0") != "0":
+        return
+    print(
+        f"note: {name} is no {what} and no folder, so the Hub is asked; did you mean {' or '.join(close)}?",
+        file=sys.stderr,
+    )
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

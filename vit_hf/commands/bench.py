@@ -25,6 +25,7 @@ def _read_sizes(text: Any) -> tuple[int, ...] | None:
     return tuple(sorted({int(word) for word in words}))
 
 
+FEW_RUNS = 20  # of fewer, p95 is the slowest of all
 SIZES = Kind(_read_sizes, lambda sizes: None if sizes is None else ",".join(map(str, sizes)), "NUMBERS")
 
 
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"\n{where(report)}\n\n{table(rows)}\n")
+    if few := too_few(rows):
+        print(f"{few}\n")
     figure = speed_by_cost(rows)
     if figure is not None:
         figure.savefig(folder / "bench.png", dpi=120)
@@ -151,6 +154,18 @@ def where(report: dict[str, Any]) -> str:
     return (
         f"{report['device']}, {report['threads']} threads on {report['cores']} cores; {versions}; commit "
         f"{report['commit']}; {report['date'][:10]}\n`{report['command']}`"
+    )
+
+
+def too_few(rows: list[dict[str, Any]]) -> str:
+    """A note on what was run too seldom for its numbers to mean much; "" where nothing was."""
+    few = [row for row in rows if row["failed"] is None and row["latency_runs"] < FEW_RUNS]
+    if not few:
+        return ""
+    least = min(few, key=lambda row: row["latency_runs"])
+    return (
+        f"note: {len(few)} of {len(rows)} lines have fewer than {FEW_RUNS} timed runs of one image ({least['model']}, "
+        f"{least['variant']}: {least['latency_runs']}), too few for a p95, and their rates are as rough; raise --seconds"
     )
 
 

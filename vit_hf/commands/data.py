@@ -16,7 +16,7 @@ from vit_hf.arguments import (
     pick,
 )
 from vit_hf.arguments.fields import DatasetArguments, SubsetArguments, flag
-from vit_hf.errors import ArgumentError, UserError, model_errors, nearest
+from vit_hf.errors import TOLD, ArgumentError, UserError, model_errors, nearest
 
 USAGE = """usage: vit-hf data COMMAND ...
 
@@ -101,7 +101,7 @@ def prepare(argv: list[str]) -> None:
         )
     except KeyboardInterrupt:
         print("\nstopped; finished shards are kept, and the same command goes on", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(TOLD) from None
     for split, counts in written.items():
         left_out = f", {counts['skipped']} left out" if counts["skipped"] else ""
         print(

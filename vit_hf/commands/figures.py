@@ -8,7 +8,7 @@ from vit_hf.arguments import parse, pick
 from vit_hf.arguments.fields import GivenModelArguments, PreprocessingArguments, flag
 from vit_hf.arguments.values import IMAGE_SIZE
 from vit_hf.commands.outputs import check_folder
-from vit_hf.errors import ArgumentError, UserError, model_errors
+from vit_hf.errors import ArgumentError, UserError, model_errors, note_near
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -84,11 +84,12 @@ def open_drawn(args: FiguresArguments) -> tuple[Any, Any]:
     """
     import transformers
 
-    from vit_hf.models.presets import FAMILIES
+    from vit_hf.models.presets import FAMILIES, PRESETS
     from vit_hf.models.transfer import check_channels, load_pretrained
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    note_near(args.model, tuple(PRESETS), "preset")
     with model_errors(model=args.model):
         model = load_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
         if type(model) not in FAMILIES.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_hf.arguments import pick
-from vit_hf.errors import UserError, model_errors
+from vit_hf.errors import UserError, model_errors, note_near
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ def open_model(model: str, revision: str | None, trust_remote_code: bool, need_h
     """
     from vit_hf.data.preprocessing import own_preprocessing
     from vit_hf.models.configuration_vit import pair
+    from vit_hf.models.presets import PRESETS
     from vit_hf.models.transfer import load_pretrained
 
+    note_near(model, tuple(PRESETS), "preset")
     with model_errors(model=model):
         loaded = load_pretrained(model, revision=revision, trust_remote_code=trust_remote_code, need_head=need_head)
         fixed = getattr(loaded.config, "image_size", None)

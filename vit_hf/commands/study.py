@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vit_hf.arguments import Parser
 from vit_hf.commands.report import duration
-from vit_hf.errors import ArgumentError, UserError
+from vit_hf.errors import TOLD, ArgumentError, UserError
 
 if TYPE_CHECKING:
     from vit_hf.study.execute import Launcher
@@ -47,8 +47,10 @@ def main(argv: list[str]) -> None:
 
     try:
         failed = run_cells(to_run, launcher, tell)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
         print("stopped; each run has written a checkpoint, and the same command goes on from there", file=sys.stderr)
+        if isinstance(stop, KeyboardInterrupt):
+            stop.args = (TOLD,)
         raise
     from vit_hf.commands.study_report import write_report
 

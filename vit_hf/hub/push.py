@@ -11,7 +11,7 @@ import accelerate
 from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars
 
-from vit_hf.errors import UserError
+from vit_hf.errors import TOLD, UserError
 from vit_hf.hub.card import card_text
 from vit_hf.hub.content import (
     LAST,
@@ -140,7 +140,7 @@ def send_folder(uploader: Uploader, folder: Path, with_state: bool, patience: Pa
         finished = uploader.wait(patience.end)
     except KeyboardInterrupt:
         warn(f"the model is complete in {folder}, but not uploaded; {later}")
-        raise
+        raise KeyboardInterrupt(TOLD) from None
     why = uploader.why or ("" if finished else f"it was not finished after {patience.end:.0f} s")
     if why:
         raise UserError(f"the model is complete in {folder}, but the upload failed: {why}; {later}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .configuration_vit import ViTConfig, pair
 from .modeling_vit import ViTForImageClassification
 from .positions import resize_position_embeddings, resize_relative_table
-from .presets import FAMILIES, checked_overrides, from_preset, labels_of, make_config, preset_config
+from .presets import FAMILIES, PRESETS, checked_overrides, from_preset, labels_of, make_config, preset_config
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ def load_pretrained(
     looks_local = name_or_path.startswith(("/", ".", "~")) or os.path.isdir(name_or_path.partition("/")[0])
     if looks_local and not os.path.isdir(name_or_path):
         raise OSError("no such folder")
+    if os.path.isdir(name_or_path):
+        if not os.path.isfile(os.path.join(name_or_path, "config.json")):
+            raise OSError(_no_model(name_or_path))
+    elif name_or_path in PRESETS:
+        raise ValueError("it is a preset, which has no weights; name a folder or a Hub id")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
     if "model_type" not in config and {"architecture", "pretrained_cfg"} & set(config):
         raise ValueError(
@@ -110,6 +115,11 @@ def load_pretrained(
     )
     missing = [key for key in report["missing_keys"] if need_head or not key.startswith("classifier.")]
     misshaped = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
+    if missing and not misshaped and all(key.startswith("classifier.") for key in missing):
+        raise ValueError(
+            f"it has no head ({', '.join(sorted(missing)[:5])}), so its answers would be chance: fine-tune it, "
+            f"run_finetune.py --model_name_or_path {name_or_path}, or judge its features, vit-hf probe {name_or_path}"
+        )
     if missing or misshaped:
         raise ValueError(
             f"the weights of {name_or_path} do not fit its config.json: "
@@ -120,6 +130,13 @@ def load_pretrained(
             )
         )
     return model
+
+
+def _no_model(folder: str) -> str:
+    """Says of a folder without config.json that it is no model, and which right below it are."""
+    found = sorted(one for one in os.listdir(folder) if os.path.isfile(os.path.join(folder, one, "config.json")))
+    below = ", ".join(os.path.join(folder, one) for one in found[:8]) + (", ..." if len(found) > 8 else "")
+    return "it holds no config.json, so it is no model folder" + (f"; below it are {below}" if found else "")
 
 
 # What may be changed of a model with weights: no weight is another one's afterwards.

@@ -27,7 +27,7 @@ import time
 
 import accelerate
 
-from vit_hf.errors import UserError
+from vit_hf.errors import TOLD, UserError
 from vit_hf.training.lost import LEAVE_SECONDS, end_at_once, named, private_store
 
 POLL_SECONDS = 0.25  # between two looks into the store
@@ -101,7 +101,7 @@ class SignalGuard:
     def _remember(self, number, frame) -> None:
         if number == signal.SIGINT:
             if self._received == signal.SIGINT:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(TOLD)
             print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
         self._received = number
 

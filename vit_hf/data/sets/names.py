@@ -11,7 +11,7 @@ from vit_hf.data.rows.interface import Rows
 from vit_hf.data.rows.table import Source, TableRows
 from vit_hf.data.sets.columns import has_labels
 from vit_hf.data.sets.origin import Origin, carries_origin
-from vit_hf.errors import UserError
+from vit_hf.errors import UserError, note_near
 
 GENERATED_SETS = ("digits", "glyphs", "fractal")
 HUB_SETS = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "ILSVRC/imagenet-1k"}
@@ -78,6 +78,8 @@ def resolve_name(name: str) -> tuple[str, bool]:
     is_folder = name not in HUB_SETS and os.path.isdir(path)
     if not is_folder and name.startswith(("/", ".", "~")):
         raise UserError(f"--dataset_name {name}: no such folder")
+    if path == name and not is_folder:
+        note_near(name, tuple(NAMED_SETS), "set that is known here")
     return path, is_folder
 
 
