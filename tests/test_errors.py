@@ -238,3 +238,5 @@ def test_folders_that_are_no_models_name_those_below_and_a_preset_has_no_weights
     ):
         with pytest.raises(UserError, match=said):
             dispatch(["evaluate", str(model), "--dataset_name", "digits", "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"no config.json, so it is no model folder; below it are"):
+        dispatch(["space", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])

@@ -85,6 +85,10 @@ def read_config(model: str, revision: str | None) -> tuple[dict[str, Any], str |
         OSError, ValueError: it cannot be had.
     """
     if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            from vit_hf.models.transfer import no_model
+
+            raise OSError(no_model(model))
         return json.loads((Path(model) / "config.json").read_text()), None
     from huggingface_hub import hf_hub_download
 

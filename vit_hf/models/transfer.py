@@ -97,7 +97,7 @@ def load_pretrained(
         raise OSError("no such folder")
     if os.path.isdir(name_or_path):
         if not os.path.isfile(os.path.join(name_or_path, "config.json")):
-            raise OSError(_no_model(name_or_path))
+            raise OSError(no_model(name_or_path))
     elif name_or_path in PRESETS:
         raise ValueError("it is a preset, which has no weights; name a folder or a Hub id")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
@@ -132,7 +132,7 @@ def load_pretrained(
     return model
 
 
-def _no_model(folder: str) -> str:
+def no_model(folder: str) -> str:
     """Says of a folder without config.json that it is no model, and which right below it are."""
     found = sorted(one for one in os.listdir(folder) if os.path.isfile(os.path.join(folder, one, "config.json")))
     below = ", ".join(os.path.join(folder, one) for one in found[:8]) + (", ..." if len(found) > 8 else "")
