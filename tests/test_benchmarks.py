@@ -204,7 +204,7 @@ def test_copies_in_folders_are_evaluated_with_the_labels_of_the_benchmarks(judge
     first, second = results["sets"]
     assert results["eval_accuracy"] == first["eval_accuracy"] == second["eval_accuracy"] == 0.75
     assert [one["dataset_name"] for one in results["sets"]] == ["imagenet-v2", "imagenet-a"]
-    assert (first["eval_samples"], second["classes"], second["split"]) == (40, 200, "train")
+    assert (first["eval_samples"], second["classes"], second["eval_split"]) == (40, 200, "train")
     chosen = logits[:, possible]
     likelihoods = chosen - np.log(np.exp(chosen - chosen.max(1, keepdims=True)).sum(1, keepdims=True)) - chosen.max(1, keepdims=True)  # fmt: skip
     names = sorted(path.name for path in a.iterdir())
@@ -252,7 +252,7 @@ def test_what_was_evaluated_before_stays_in_the_list_until_the_weights_change(tm
     def result(name, accuracy, samples=10):
         return {
             "dataset_name": name,
-            "split": "test",
+            "eval_split": "test",
             "tta": "none",
             "model": str(tmp_path),
             "eval_accuracy": accuracy,
@@ -276,7 +276,7 @@ def test_what_was_evaluated_before_stays_in_the_list_until_the_weights_change(tm
 
 def test_two_passes_do_not_replace_what_one_gave(tmp_path):
     """The top of the file is the model's accuracy; the mirrored one stands beside it."""
-    plain = {"dataset_name": "one", "split": "test", "tta": "none", "model": "m", "eval_accuracy": 0.9}
+    plain = {"dataset_name": "one", "eval_split": "test", "tta": "none", "model": "m", "eval_accuracy": 0.9}
     flipped, other = (
         plain | {"tta": "flip", "eval_accuracy": 0.8},
         plain | {"dataset_name": "two", "eval_accuracy": 0.7},

@@ -52,7 +52,7 @@ def test_evaluate_tells_intervals(models, tmp_path, capsys):
     results = json.loads((tmp_path / "eval_results.json").read_text())
     said = capsys.readouterr().out
     facts = [line.split()[0] for line in said.splitlines()]
-    assert facts.count("split") == 1 and "eval_split" not in {*facts, *results} and "None" not in said.split()
+    assert facts.count("eval_split") == 1 and "split" not in {*facts, *results} and "None" not in said.split()
     for name in ("eval_accuracy", "eval_accuracy_top5", "eval_loss"):
         low, high = results[f"{name}_interval"]
         assert 0 <= low < results[name] < high and f"[{low:.4f}, {high:.4f}]" in said

@@ -168,7 +168,7 @@ def test_the_sets_of_imagenet_are_read_as_they_lie_on_a_hub(hub, judged, tmp_pat
     assert list(sets) == list(BENCHMARKS)
     for name, found in sets.items():
         benchmark = BENCHMARKS[name]
-        assert found["hub_id"] == benchmark.hub_id and found["split"] == benchmark.split
+        assert found["hub_id"] == benchmark.hub_id and found["eval_split"] == benchmark.split
         assert found["revision"] == list(hub.repos["dataset", benchmark.hub_id].commits)[-1], name
         if name != "imagenet-real":
             assert (found["eval_samples"], found["eval_accuracy"]) == (40, 0.75), name

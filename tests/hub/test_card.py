@@ -96,13 +96,13 @@ def test_a_checkpoint_s_card_has_the_numbers_of_its_step(runs):
 
 def test_later_evaluations_come_into_the_card_and_a_changed_card_stays(runs, tmp_path):
     shutil.copytree(runs / "child", tmp_path / "child", ignore=shutil.ignore_patterns("checkpoint-*"))
-    later = {"dataset_name": "imagenet-v2", "hub_id": "a/v2", "split": "test", "revision": "0123456789abcdef" * 2,
+    later = {"dataset_name": "imagenet-v2", "hub_id": "a/v2", "eval_split": "test", "revision": "0123456789abcdef" * 2,
              "eval_accuracy": 0.5, "eval_loss": 1.0, "eval_samples": 10}  # fmt: skip
     (tmp_path / "child/eval_results.json").write_text(json.dumps({"sets": [later]}))
     assert refresh_card(tmp_path / "child", "me/child")
     found = ModelCard.load(tmp_path / "child/README.md").data.eval_results
     (one,) = [result for result in found if result.dataset_name == "imagenet-v2"]
-    several = {"dataset_name": "birds", "split": "test", "eval_map": 0.25, "eval_f1_micro": 0.5, "eval_loss": 0.1, "eval_samples": 9,
+    several = {"dataset_name": "birds", "eval_split": "test", "eval_map": 0.25, "eval_f1_micro": 0.5, "eval_loss": 0.1, "eval_samples": 9,
                "average_precision": {"a": 0.25}}  # fmt: skip
     (tmp_path / "child/eval_results.json").write_text(json.dumps({"sets": [later, several]}))
     assert refresh_card(tmp_path / "child")

@@ -21,7 +21,7 @@ def write_report(folder: Path, predictions: Any, images: GivenImages, results: d
 
     name = results["model"] if not Path(results["model"]).exists() else Path(results["model"]).resolve().name
     intro = (
-        f"{name} on {len(predictions):,} images of {results['dataset_name']} ({results['split']}). "
+        f"{name} on {len(predictions):,} images of {results['dataset_name']} ({results['eval_split']}). "
         f"Images: {results['preprocessing']}. Intervals are 95 % intervals by bootstrap over the images; they say nothing of "
         "another seed of training."
     )

@@ -110,7 +110,7 @@ def about_set(one: Any, images: GivenImages, among: Any, config: str | None) -> 
     """What is told of a set beside its metrics; `config` is --dataset_config_name."""
     from vit_hf.hub.lineage import dataset_revision
 
-    about = {"dataset_name": one.name, "split": images.splits.eval_split}
+    about = {"dataset_name": one.name, "eval_split": images.splits.eval_split}
     if one.benchmark is None:
         about["dataset_config"] = config
     else:
@@ -141,7 +141,9 @@ def write_results(results: list[dict[str, Any]], folder: Path) -> Path:
 
 
 def _key(result: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(result.get(name)) for name in ("dataset_name", "dataset_config", "split", "eval_samples", "tta"))
+    return tuple(
+        str(result.get(name)) for name in ("dataset_name", "dataset_config", "eval_split", "eval_samples", "tta")
+    )
 
 
 def _is_plain(result: dict[str, Any]) -> bool:

@@ -145,7 +145,7 @@ def all_evaluations(
             continue
         of = {
             "dataset_name": one.get("dataset_name"), "hub_id": one.get("hub_id"), "dataset_config": one.get("dataset_config"),
-            "split": one.get("split", one.get("eval_split")), "revision": one.get("revision"),
+            "split": one.get("eval_split"), "revision": one.get("revision"),
         }  # fmt: skip
         found.append(_evaluation(of, one))
     places: dict[tuple, dict[str, Any]] = {}
