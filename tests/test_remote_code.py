@@ -64,8 +64,8 @@ def test_every_family_is_pushed_and_loads_by_id_without_the_package(tmp_path):
             files.write(tmp_path / family, model.state_dict())
         environment = hub.env(token=TOKEN, home=tmp_path / "home")
         pushed = python("-c", "\n".join((
-            "import sys, pathlib", "from vit_hf.hub.push import push",
-            "for name in sys.argv[1:]: push(pathlib.Path(name), 'tester/' + pathlib.Path(name).name, False)",
+            "import sys, pathlib", "from vit_hf.cli import dispatch",
+            "for name in sys.argv[1:]: dispatch(['push', name, '--hub_model_id', 'tester/' + pathlib.Path(name).name])",
         )), *(tmp_path / family for family in FAMILIES), env=environment)  # fmt: skip
         assert pushed.returncode == 0, pushed.stderr
         loaded = python("-c", FRESH, *models, env=environment | {"PYTHONPATH": ""}, cwd=tmp_path)

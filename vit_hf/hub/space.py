@@ -1,6 +1,7 @@
 """A folder that is a Space of the Hub: a page that shows what a model answers, served by `python app.py`.
 
-The page's code is space_app.py, which runs without vit_hf; what it is told stands in one line of it.
+The page's code is space_template/app.py, which is no module of this package and runs without it; what it is told stands in
+one line of it.
 """
 
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 
 from vit_hf.errors import UserError
 
-APP = Path(__file__).with_name("space_app.py")
+APP = Path(__file__).parent / "space_template" / "app.py"
 GRADIO = "6.31.0"
 PILLOW = "12.3.0"  # gradio wants one below 13
 MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "model.safetensors.index.json", "*.py")
