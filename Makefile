@@ -26,8 +26,9 @@ demo: .venv/installed
 	@echo "folders:         runs/demo/{pretrain_glyphs,finetune_digits,scratch_digits}, each a Hub model folder"
 	@echo "next:            $(BIN)/vit-hf evaluate runs/demo/finetune_digits --dataset_name digits"
 
-# on two workers; a file's tests stay on one, for they share launches
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# on two workers; a file's tests stay on one, for they share launches; in the order of the names, so that the launches come
+# first and no worker waits at the end for the other's
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed-test
 	$(TEST)
@@ -42,6 +43,7 @@ lint: .venv/installed-test
 bench: .venv/installed
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/vit-hf bench vit-demo-patch8-32 vit-small-patch4-32 resnet-18-cifar --seconds 10
 
 clean:
 	rm -rf .venv runs build *.egg-info
