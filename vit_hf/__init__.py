@@ -1,6 +1,6 @@
 """vit_hf: train Vision Transformers with the Hugging Face stack. Imports nothing heavy until a model is asked for."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 
 def __getattr__(name: str):
