@@ -34,7 +34,7 @@ class CompareArguments(WaitingArguments, PreprocessingArguments, LoadingArgument
         high=2**32 - 1,
     )
     output_dir: str | None = flag(
-        None, "folder for comparison.json and comparison.png (default: they are not written)"
+        None, "folder for comparison.json and comparison.png (default: comparison, beside the first model; else here)"
     )
 
 
@@ -44,8 +44,10 @@ def main(argv: list[str]) -> None:
     that has one, is read."""
     names = ("first", "second")
     args = parse(CompareArguments, argv, prog="vit-hf compare", description=main.__doc__, positional=names)
-    if args.output_dir is not None:
-        check_folder(args.output_dir)
+    first = Path(args.first)
+    beside = first.resolve().parent if first.exists() else Path(".")
+    folder = Path(args.output_dir) if args.output_dir else beside / "comparison"
+    check_folder(folder)
     files = [saved_file(name, args.dataset_name) for name in (args.first, args.second)]
     from vit_hf.evaluation.intervals import compare
     from vit_hf.evaluation.predictions import read_predictions
@@ -63,10 +65,7 @@ def main(argv: list[str]) -> None:
         found = {"first": args.first, "second": args.second, "dataset_name": args.dataset_name} | compare(*sides)
         found |= {"source": sides[0].source, "different_answers": len(different(*sides))}
         print(table(found))
-        if args.output_dir is not None:
-            write(Path(args.output_dir), sides, images or only_images(args, accelerator, sides[0]), found)
-        else:
-            print("note: --output_dir FOLDER keeps this, and draws the images that they answer differently")
+        write(folder, sides, images or only_images(args, accelerator, sides[0]), found)
     end(accelerator)
 
 
@@ -194,6 +193,7 @@ def write(folder: Path, sides: list[Any], images: Any, found: dict[str, Any]) ->
     one, two = sides
     differ = different(one, two)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.png").unlink(missing_ok=True)  # of an earlier comparison
     if images is None:
         print("note: no contact sheet is drawn: --dataset_name says where the images are")
     elif len(differ):
