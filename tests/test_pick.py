@@ -15,7 +15,7 @@ FLAGS = {item.name: item for item in dataclasses.fields(RunArguments)}
 # what a room needs beside flags, and is handed by name
 NO_FLAGS = {
     "SetSettings": {"need_train", "only_judged"},
-    "JudgeSettings": {"class_names", "multi_label", "source"},
+    "JudgeSettings": {"class_names", "multi_label", "source", "source_rows"},
     "LoopSettings": {"start_time", "first_step", "training_flops_per_image"},
 }
 RESOLVED = {("JudgeSettings", "loss")}  # the flag has `auto`, the room is handed what it means

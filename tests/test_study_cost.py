@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.runs import DEMO_DEFAULTS, python
-from tests.test_study import VIT, write_study
+from tests.distributed.test_study import VIT, write_study
 from vit_hf.study.cost import estimate_cost, image_counts, measured_costs, model_config
 from vit_hf.study.plan import read_study
 
