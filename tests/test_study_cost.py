@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.runs import DEMO_DEFAULTS, python
 from tests.distributed.test_study import VIT, write_study
+from tests.runs import DEMO_DEFAULTS, python
 from vit_hf.study.cost import estimate_cost, image_counts, measured_costs, model_config
 from vit_hf.study.plan import read_study
 
