@@ -468,6 +468,7 @@ def test_a_read_that_fails_is_tried_again_with_back_off(monkeypatch, batches_of,
 # --- workers that die, devices without a number ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_a_killed_worker_is_one_line(batches_of, ahead):
     """At once, also where a thread takes the batches, as on a GPU."""

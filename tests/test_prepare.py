@@ -399,6 +399,7 @@ def test_a_bad_image_stops_the_work_and_is_named(tmp_path, num_processes):
     assert "prepare.json" in left and left <= {"prepare.json", "data/test-00000-of-00001.parquet"}
 
 
+@pytest.mark.slow
 def test_a_bad_image_stops_the_other_processes_too(tmp_path, monkeypatch):
     """The one in the middle of the first shard, where the second shard has the bad image."""
     assert 2 in mixed_rows(8)[:4] and 5 in mixed_rows(8)[4:]
@@ -421,6 +422,7 @@ def test_a_bad_image_stops_the_other_processes_too(tmp_path, monkeypatch):
     assert set(files_of(tmp_path / "copy")) <= {"prepare.json", "data/test-00000-of-00001.parquet"}
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_and_listed_once(tmp_path, capsys):
     folder = plain_folder(tmp_path / "set", 10, 2, BAD)
     names = [os.path.basename(row["image"]["path"]) for row in load_image_splits(folder).train]
@@ -489,6 +491,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(tmp_path, monkeypa
     assert copy(folder, tmp_path / "copy")["train"]["rows"] == 10
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line(tmp_path):
     folder = plain_folder(tmp_path / "set", 10, 1)
 
@@ -505,6 +508,7 @@ def test_a_killed_worker_is_one_line(tmp_path):
     assert message.startswith("a worker process was killed") and not list((tmp_path / "copy").rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_another_starts_is_one_line(tmp_path, monkeypatch):
     folder, workers, start = plain_folder(tmp_path / "set", 10, 1), [], SpawnProcess.start
 

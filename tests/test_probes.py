@@ -163,6 +163,7 @@ def probe(folder, *words):
     return json.loads((folder / "probe_results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_on_real_digits(trained, capsys):
     """The same again the second time; more images are better; scikit-learn finds the same on the same features."""
     found = probe(trained, "--shots", "2,25,all", "--probe_draws", "2")

@@ -32,6 +32,7 @@ def given(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_full_page_has_average_precisions_and_intervals(given, tmp_path):
     words = ["--eval_datasets", str(given / "set"), "--full", "--save_predictions", "--output_dir", str(tmp_path)]
     dispatch(["evaluate", str(given / "one"), *words])

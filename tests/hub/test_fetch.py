@@ -85,6 +85,7 @@ FLAGS = {"max_steps": 60, "save_steps": 10, "eval_steps": 30, "ema_decay": 0.9, 
 PUSHING = {"push_to_hub": "true", "hub_strategy": "checkpoint", "hub_model_id": "tiny"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_elsewhere_to_the_bit(run_with, hub, capsys):
     """Two runs with a Hub that fails, the first stopped in the middle and the second with what the Hub has of it, do what
     one run does that uploads nothing. The finished checkpoint is there at last, and another run's is refused."""
