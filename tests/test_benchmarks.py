@@ -147,7 +147,8 @@ def make_model(folder):
 
 def answers(folder, pictures: list[bytes]) -> np.ndarray:
     """The logits (N, 1000) that transformers' own classes give."""
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    # not AutoImageProcessor: transformers 5.17 has none without torchvision
+    processor = transformers.pipeline("image-classification", str(folder)).image_processor
     network = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     images = [Image.open(io.BytesIO(content)) for content in pictures]
     with torch.no_grad():
