@@ -1,5 +1,5 @@
 # demo: the main job end to end on embedded data; test: everything; test-fast: what needs no training processes;
-# bench: the models and the data plane side by side with others, about twenty minutes
+# bench: the models and the data plane side by side with others, more than twenty minutes
 PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 2) --config_file accelerate_configs/cpu.yaml

@@ -83,8 +83,10 @@ def _opened(given: GivenModel, accelerator: Any, files: list[str] | None, args: 
 
 def has_several(given: GivenModel) -> bool:
     """Whether an image may have several classes, as transformers' pipelines decide it."""
+    from vit_hf.training.objective import loss_of
+
     config = given.model.config
-    return config.problem_type == "multi_label_classification" or config.num_labels == 1
+    return loss_of(config) == "sigmoid" or config.num_labels == 1
 
 
 def _finish(

@@ -40,10 +40,8 @@ def fetch_checkpoint(api: HfApi, name: str, revision: str | None, output_dir: Pa
         sha, step = _newest(api, name, revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         sha, step = None, None
-    except (OSError, RuntimeError, ValueError, HfHubHTTPError) as error:
-        raise UserError(f"{FLAG}: {where}: {one_line(error)}; to go on from this folder alone: auto") from None
     except Exception as error:
-        if not type(error).__module__.startswith("httpx"):
+        if not isinstance(error, OSError | RuntimeError | ValueError) and not _is_the_hubs(error):
             raise
         raise UserError(f"{FLAG}: {where}: {one_line(error)}; to go on from this folder alone: auto") from None
     if step is None and own is None:
@@ -67,6 +65,11 @@ def _newest(api: HfApi, name: str, revision: str | None) -> tuple[str, int | Non
     if type(step) is not int or not 0 <= step < 10**15:
         raise ValueError(f"the manifest says step {step!r:.40}")
     return head.sha, step
+
+
+def _is_the_hubs(error: Exception) -> bool:
+    """Whether the Hub, or the way to it, is what failed. (The client's library is httpx or httpx2, by its version.)"""
+    return isinstance(error, HfHubHTTPError) or type(error).__module__.startswith("httpx")
 
 
 def _download(api: HfApi, name: str, sha: str, step: int, output_dir: Path, run: dict[str, Any]) -> str:
@@ -95,7 +98,7 @@ def _download(api: HfApi, name: str, sha: str, step: int, output_dir: Path, run:
     except BrokenCheckpoint as error:
         raise UserError(f"{FLAG}: {LAST} of {name} cannot be used: {error}") from None
     except Exception as error:
-        if not isinstance(error, HfHubHTTPError) and not type(error).__module__.startswith("httpx"):
+        if not _is_the_hubs(error):
             raise
         raise UserError(f"{FLAG}: {name}: {one_line(error)}; the same command tries it again") from None
     finally:
